@@ -1,0 +1,45 @@
+"""What the commands of jobs/ have in common: --conf, --set, --run-date, a summary in JSON as the last line, clear errors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from jobs.settings import Settings, load
+from schemas.errors import ColdRefreshError
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser that shows `doc` as it stands."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """The options that name settings."""
+    parser.add_argument("--conf", required=True, help="a YAML file of settings, such as conf/demo.yaml")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting; repeatable"
+    )
+
+
+def settings(args: argparse.Namespace) -> Settings:
+    """The settings that --conf and --set name."""
+    return load(args.conf, args.set)
+
+
+def main(job: Callable[[], dict[str, Any]]) -> int:
+    """Run `job`, print its summary as one line of JSON on stdout; an error that a person can act on becomes one message.
+
+    Returns:
+        The exit status: 0, or 1 after an error.
+    """
+    try:
+        summary = job()
+    except ColdRefreshError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    print(json.dumps(summary, sort_keys=False, default=str), flush=True)
+    return 0

@@ -1,0 +1,134 @@
+"""The lake: Delta tables of this project, read and committed with delta-rs, exactly once.
+
+A user's own tables are read by Spark only (jobs/snapshot.py); what is here is for the project's own plain tables.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from datetime import date
+from typing import Any
+
+import pyarrow as pa
+from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
+from deltalake.exceptions import CommitFailedError, TableNotFoundError
+
+from schemas.errors import ColdRefreshError
+from schemas.table import table as schema
+
+_ATTEMPTS = 5
+
+
+class LakeError(ColdRefreshError):
+    """A table is missing or cannot be written: the message names it."""
+
+
+@dataclass(frozen=True)
+class Lake:
+    """A folder or URI of Delta tables. `options` are delta-rs storage options."""
+
+    uri: str
+    options: dict[str, str] = field(default_factory=dict, hash=False)
+
+    def path(self, name: str) -> str:
+        """The URI of table `name`, or `name` itself if it is a URI or a path."""
+        return name if "/" in name else f"{self.uri.rstrip('/')}/{name}"
+
+    def table(self, name: str, version: int | None = None) -> DeltaTable:
+        """The Delta table `name`.
+
+        Raises:
+            LakeError: there is none, or not that version.
+        """
+        try:
+            return DeltaTable(self.path(name), version=version, storage_options=self.options or None)
+        except TableNotFoundError:
+            raise LakeError(
+                f"no Delta table '{name}' at {self.path(name)}; `python -m jobs.ingest` makes one"
+            ) from None
+        except Exception as error:
+            if version is None:
+                raise
+            raise LakeError(
+                f"table '{name}' at {self.path(name)} has no readable version {version}: {error}"
+            ) from error
+
+    def exists(self, name: str) -> bool:
+        return DeltaTable.is_deltatable(self.path(name), self.options or None)
+
+    def version(self, name: str) -> int:
+        return self.table(name).version()
+
+    def read(
+        self, name: str, *, columns: list[str] | None = None, version: int | None = None, **partition: Any
+    ) -> pa.Table:
+        """Rows of one of the project's own tables, of the given partition values only; no rows if there is no table yet."""
+        contract = schema(name)
+        if not self.exists(name):
+            empty = contract.arrow_schema.empty_table()
+            return empty.select(columns) if columns else empty
+        predicate = " AND ".join(f"{key} = '{value}'" for key, value in partition.items()) or None
+        delta = self.table(name, version)
+        # scan() gives string_view, which other engines do not know: cast at once to what the contract says.
+        batches = delta.scan(columns=columns, predicate=predicate)
+        read = pa.table(batches.read_all() if hasattr(batches, "read_all") else batches)
+        fields = [contract.arrow_schema.field(c) for c in read.column_names]
+        return read.cast(pa.schema(fields))
+
+    def commit(
+        self,
+        name: str,
+        rows: pa.Table,
+        *,
+        app: str,
+        sequence: int = 0,
+        replace: dict[str, str | date] | None = None,
+        lineage: dict[str, Any] | None = None,
+    ) -> int:
+        """Append `rows`, or put them in place of the partition `replace`; returns the table's version that holds them.
+
+        The commit carries the transaction (app, sequence): a second commit of it, or one with a lower sequence, changes
+        nothing, whichever engine made the first.
+
+        Raises:
+            schemas.errors.ContractError: `rows` do not fit the table's schema.
+            LakeError: other writers won every attempt, or the table has a feature that delta-rs cannot write.
+        """
+        contract = schema(name)
+        rows = contract.conform(rows)
+        properties = CommitProperties(
+            custom_metadata={"lineage": json.dumps(lineage or {}, sort_keys=True, default=str)},
+            app_transactions=[Transaction(app, sequence)],
+        )
+        if not self.exists(name):
+            partitions = list(contract.partition_by)
+            try:
+                DeltaTable.create(
+                    self.path(name),
+                    contract.arrow_schema,
+                    mode="error",
+                    partition_by=partitions,
+                    description=contract.doc[:500],
+                    storage_options=self.options or None,
+                )
+            except Exception:
+                if not self.exists(name):  # otherwise another writer made it first
+                    raise
+        for _ in range(_ATTEMPTS):
+            delta = self.table(name)
+            done = delta.transaction_version(app)
+            if done is not None and done >= sequence:
+                return delta.version()
+            mode, predicate = "append", None
+            if replace:
+                mode, predicate = "overwrite", " AND ".join(f"{k} = '{v}'" for k, v in replace.items())
+            try:
+                if rows.num_rows or not replace:
+                    write_deltalake(delta, rows, mode=mode, predicate=predicate, commit_properties=properties)
+                else:
+                    delta.delete(predicate, commit_properties=properties)
+                return delta.version()
+            except CommitFailedError:
+                continue
+        raise LakeError(f"table '{name}': other writers won {_ATTEMPTS} times; run again")

@@ -1,0 +1,177 @@
+"""One run: settings, a run date, the pinned versions of the input tables, and where its stages leave their results.
+
+The first row of a run in `runs` (stage `open`) pins the input versions. A run that is started again goes on with that row
+as long as it is not published, so every stage, in whatever process, reads the same tables.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from importlib.metadata import version
+from typing import Any
+
+import pyarrow as pa
+
+from jobs.lake import Lake
+from jobs.settings import Settings, SettingsError
+from jobs.staging import Staging
+from schemas.errors import ColdRefreshError
+
+OUTPUTS = ("sampled_interactions", "item_embeddings", "user_embeddings")
+_RUN_ID = re.compile(r"[0-9]{8}-[0-9a-f]{12}")
+
+
+def parse_run_date(text: str) -> date:
+    """`text` (YYYY-MM-DD) as a date.
+
+    Raises:
+        SettingsError: it is none.
+    """
+    try:
+        return datetime.strptime(text, "%Y-%m-%d").date()
+    except ValueError:
+        raise SettingsError(f"--run-date {text!r} is no date; expected YYYY-MM-DD, such as 2026-01-31") from None
+
+
+def log(message: str) -> None:
+    """One line to stderr; stdout is left to the summary."""
+    print(message, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is open: what a stage is given. Build it with `open_run`."""
+
+    settings: Settings
+    run_date: date
+    run_id: str
+    sequence: int
+    input_versions: dict[str, int]
+    conf_hash: str
+
+    def __post_init__(self) -> None:
+        # The id names folders: nothing but this form may reach a path.
+        if not _RUN_ID.fullmatch(self.run_id):
+            raise ColdRefreshError(f"run id {self.run_id!r} is not of the form YYYYMMDD-<12 hex digits>")
+
+    @property
+    def lake(self) -> Lake:
+        return Lake(self.settings.lake, self.settings.storage_options)
+
+    @property
+    def midnight(self) -> datetime:
+        """The run's only clock: what happened before this instant is known, nothing else."""
+        return datetime(self.run_date.year, self.run_date.month, self.run_date.day, tzinfo=UTC)
+
+    def staging(self, stage: str) -> Staging:
+        return Staging(self.lake.path(f"_staging/{self.run_id}/{stage}"))
+
+    def artifact(self, kind: str, name: str) -> Staging:
+        """A content-named result that outlives the run: kind `spaces` or `models`."""
+        return Staging(self.lake.path(f"_artifacts/{kind}/{name}"))
+
+    def record(self, stage: str, counts: dict[str, Any], seconds: float, output_versions: dict[str, int]) -> None:
+        """Add the row of a completed stage to `runs`, once."""
+        row = _row(self, stage, "complete", counts, seconds, output_versions)
+        self.lake.commit("runs", row, app=f"runs/{self.run_id}/{stage}", lineage={"run_id": self.run_id})
+
+    def published(self) -> dict[str, int] | None:
+        """Output table -> version, if this run has been published; None otherwise."""
+        rows = self.lake.read("runs", refresh_date=self.run_date).to_pylist()
+        done = [row for row in rows if row["run_id"] == self.run_id and row["stage"] == "publish"]
+        return json.loads(done[0]["output_versions"]) if done else None
+
+
+def _row(
+    run: Run, stage: str, status: str, counts: dict[str, Any], seconds: float, output_versions: dict[str, int]
+) -> pa.Table:
+    values = {
+        "refresh_date": run.run_date,
+        "run_id": run.run_id,
+        "sequence": run.sequence,
+        "stage": stage,
+        "status": status,
+        "input_versions": json.dumps(run.input_versions, sort_keys=True),
+        "output_versions": json.dumps(output_versions, sort_keys=True),
+        "conf_hash": run.conf_hash,
+        "code_version": code_version(),
+        "counts": json.dumps(counts, sort_keys=True, default=str),
+        "seconds": seconds,
+        "seed": run.settings.seed,
+    }
+    return pa.Table.from_pylist([values])
+
+
+def code_version() -> str:
+    return version("cold-refresh")
+
+
+def input_tables(settings: Settings) -> dict[str, str]:
+    """Our name of each input table -> its name or URI in the lake."""
+    tables = {"interactions": settings.inputs.interactions.table, "items": settings.inputs.items.table}
+    if settings.snapshot.split is not None:
+        tables["split"] = settings.snapshot.split.table
+    return tables
+
+
+def open_run(settings: Settings, run_date: date) -> Run:
+    """The run of `run_date`: the one that was begun and not published, or published from the same inputs; else a new one.
+
+    Raises:
+        jobs.lake.LakeError: an input table is missing.
+    """
+    lake = Lake(settings.lake, settings.storage_options)
+    current = {name: lake.version(table) for name, table in input_tables(settings).items()}
+    conf_hash = settings.digest()
+    while True:
+        rows = lake.read("runs", refresh_date=run_date).to_pylist()
+        begun = max((r for r in rows if r["stage"] == "open"), key=lambda r: r["sequence"], default=None)
+        same_code = begun is not None and (begun["conf_hash"], begun["code_version"]) == (conf_hash, code_version())
+        if begun is not None and same_code:
+            published = any(r["stage"] == "publish" and r["run_id"] == begun["run_id"] for r in rows)
+            pinned = json.loads(begun["input_versions"])
+            if not published or pinned == current:
+                return Run(settings, run_date, begun["run_id"], begun["sequence"], pinned, conf_hash)
+        sequence = begun["sequence"] + 1 if begun else 1
+        facts = json.dumps([run_date.isoformat(), conf_hash, code_version(), current, sequence], sort_keys=True)
+        run_id = f"{run_date:%Y%m%d}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
+        run = Run(settings, run_date, run_id, sequence, current, conf_hash)
+        row = _row(run, "open", "started", {}, 0.0, {})
+        # Two drivers that start at once agree through this transaction: one row wins, and the other reads it.
+        lake.commit("runs", row, app=f"runs/open/{run_date}", sequence=sequence, lineage={"run_id": run_id})
+        rows = lake.read("runs", refresh_date=run_date).to_pylist()
+        if any(r["stage"] == "open" and r["run_id"] == run_id for r in rows):
+            return run
+
+
+Stage = Callable[[Run, Staging], dict[str, Any]]
+
+
+def execute(run: Run, name: str, stage: Stage) -> dict[str, Any]:
+    """Run a stage unless it is complete; its facts either way.
+
+    A stage is `run(run, out) -> facts`: it leaves its tables in `out`, and its facts (JSON: row counts, versions, ...)
+    go into the manifest and into `runs`.
+    """
+    out = run.staging(name)
+    if out.is_complete():
+        log(f"[{name}] complete already: skipped")
+        facts = out.facts()
+    else:
+        log(f"[{name}] started")
+        out.clear()
+        begun = time.perf_counter()
+        facts = stage(run, out)
+        facts = {**facts, "seconds": round(time.perf_counter() - begun, 3)}
+        out.complete(facts)
+        brief = {k: v for k, v in facts.items() if not isinstance(v, dict | list)}
+        log(f"[{name}] done: {json.dumps(brief, default=str)}")
+    run.record(name, facts, facts["seconds"], facts.get("output_versions", {}))
+    return facts

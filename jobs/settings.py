@@ -1,0 +1,232 @@
+"""What a run may choose: a YAML file of conf/, checked into frozen typed settings.
+
+An unknown key is an error that names it. `key=value` overrides (`--set text.max_tokens=32`) are applied before the check.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from schemas.errors import ColdRefreshError
+
+
+class SettingsError(ColdRefreshError):
+    """The settings cannot be used: the message names the file, the key and what was expected."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class InputTable(_Section):
+    """Where an input table is: a name in the lake or a URI of its own, and how its columns are called there."""
+
+    table: str
+    columns: dict[str, str] = Field(default_factory=dict, description="our name -> the table's name")
+
+
+class Inputs(_Section):
+    interactions: InputTable = InputTable(table="interactions")
+    items: InputTable = InputTable(table="items")
+
+
+class Split(_Section):
+    """A given split: pairs of other parts than `train` are held out of training and of everything computed from it."""
+
+    table: str = "split"
+    train: tuple[str, ...] = ("train",)
+
+
+class Snapshot(_Section):
+    warm_interactions: int = Field(1, ge=1, description="an item with fewer users than this is cold")
+    k_core_users: int = Field(0, ge=0, description="drop users with fewer items, again and again with k_core_items")
+    k_core_items: int = Field(0, ge=0)
+    window_days: int | None = Field(None, ge=1, description="read only events of this many days before the run date")
+    max_text_bytes: int = Field(1_000_000, ge=1, description="an item with more text than this is rejected")
+    split: Split | None = None
+
+
+class Text(_Section):
+    """The language model and how it is run over item texts."""
+
+    model: str = Field("minilm", description="minilm, smollm2, a directory or a hub id")
+    sha256: str | None = Field(None, description="what model.safetensors must hash to; known for minilm and smollm2")
+    pooling: Literal["auto", "mean", "last_token", "cls"] = "auto"
+    prompt: str = Field("{content}", description="{title} and {content} stand for the item's fields")
+    max_tokens: int = Field(128, ge=4)
+    batch_tokens: int = Field(8192, ge=64, description="padded tokens a batch")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    shard_texts: int = Field(2048, ge=1, description="texts a shard: what a killed run can lose")
+
+
+class Cf(_Section):
+    model: Literal["als", "lightgcn", "bpr"] = "als"
+    dimension: int = Field(64, ge=2)
+    epochs: int = Field(15, ge=1, description="ALS iterations, or epochs of the torch models")
+    regularization: float = Field(0.05, ge=0)
+    alpha: float = Field(40.0, gt=0, description="ALS: confidence is 1 + alpha * weight (Hu et al. 2008)")
+    learning_rate: float = Field(1e-2, gt=0, description="torch models")
+    batch_size: int = Field(8192, ge=1, description="torch models")
+    layers: int = Field(2, ge=0, description="LightGCN")
+    binary: bool = Field(True, description="every pair has weight 1; otherwise log(1 + sum of weights)")
+    blocks: int = Field(2, ge=1, description="ALS: parallel blocks; 1 makes it deterministic to the last bit")
+    retrain_days: int = Field(7, ge=1, description="a space older than this on the run date is trained anew")
+
+
+class FilterLLM(_Section):
+    epochs: int = Field(20, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    batch_size: int = Field(256, ge=1)
+    guiding: float = Field(1.0, ge=0, description="lambda: weight of the behaviour-guiding loss")
+    mapper: Literal["linear", "linear_relu", "mlp"] = "mlp"
+    hidden: int = Field(512, ge=1, description="width of the mlp mapper")
+    dropout: float = Field(0.1, ge=0, lt=1)
+    noise: float = Field(0.0, ge=0, description="train-time Gaussian noise on the hidden state (mlp mapper)")
+    user_init: Literal["cf", "random"] = "cf"
+    user_bias: bool = True
+    lora: bool = Field(
+        False, description="train LoRA adapters in the LLM too; otherwise it is frozen and read from the cache"
+    )
+    lora_rank: int = Field(8, ge=1)
+    lora_alpha: int = Field(32, ge=1)
+    lora_dropout: float = Field(0.1, ge=0, lt=1)
+    max_users: int = Field(1000, ge=1, description="training users an item, at most")
+    validation_share: float = Field(0.05, gt=0, lt=1, description="warm items held out to stop early and to calibrate")
+    patience: int = Field(4, ge=1)
+    vocabulary_chunk: int = Field(65536, ge=1, description="users whose logits exist at a time")
+    retrain_days: int = Field(7, ge=1)
+
+
+class Sampling(_Section):
+    k: int = Field(20, ge=1, description="users a cold item")
+    draw: Literal["top_k", "sampled"] = "top_k"
+    temperature: float = Field(1.0, gt=0, description="sampled: above 1 flattens the distribution that is drawn from")
+    user_tile: int = Field(16384, ge=1, description="users scored at a time")
+    shard_items: int = Field(4096, ge=1)
+
+
+class Refresh(_Section):
+    method: Literal["fold_in", "retrain"] = "fold_in"
+    users: int | None = Field(None, ge=1, description="how many of the K users the refresh uses; all by default")
+    by_probability: bool = Field(True, description="weigh the users by their probability (relative to the first)")
+
+
+class Gates(_Section):
+    norm_low: float = Field(0.02, gt=0, description="a vector's norm, at least, as a share of the warm items' median")
+    norm_high: float = Field(10.0, gt=0)
+    norm_mostly: float = Field(0.99, gt=0, le=1, description="share of the vectors that must lie within the band")
+    procrustes_residual: float = Field(0.9, gt=0, description="relative, of a new space to the one before")
+    rejected_share: float = Field(0.5, gt=0, le=1, description="rejected rows of an input, at most")
+
+
+class Evaluate(_Section):
+    protocol: Literal["none", "temporal", "random_item"] = "temporal"
+    k: tuple[int, ...] = (20,)
+    horizon_days: int = Field(
+        60, ge=1, description="temporal: truth is what happens within so many days from the run date"
+    )
+    min_item_users: int = Field(
+        1, ge=1, description="temporal: cold items with fewer users in the truth are no candidates"
+    )
+    part: Literal["val", "test"] = Field("test", description="random_item")
+    bootstrap: int = Field(200, ge=0)
+    normalize_by_item: bool = Field(True, description="distribution: rank by log p(u|i) rather than by the raw logit")
+
+
+class RayCluster(_Section):
+    """How the workers run; nothing here changes a result."""
+
+    address: str | None = Field(
+        None, description="of a running cluster (host:port or auto); without one it is started here"
+    )
+    actors: int = Field(1, ge=1)
+    cpus_per_actor: float = Field(1.0, gt=0)
+    gpus_per_actor: float = Field(0.0, ge=0)
+
+
+class Spark(_Section):
+    """How Spark runs; nothing here changes a result."""
+
+    master: str | None = Field(None, description="local[*] unless spark-submit says otherwise")
+    conf: dict[str, str] = Field(default_factory=dict)
+
+
+class Settings(_Section):
+    lake: str = Field(description="a folder or an s3://, gs://, abfss:// URI")
+    storage_options: dict[str, str] = Field(
+        default_factory=dict, description="delta-rs names; secrets stay in the environment"
+    )
+    seed: int = Field(7, ge=0)
+    inputs: Inputs = Inputs()
+    snapshot: Snapshot = Snapshot()
+    text: Text = Text()
+    cf: Cf = Cf()
+    filterllm: FilterLLM = FilterLLM()
+    sampling: Sampling = Sampling()
+    refresh: Refresh = Refresh()
+    gates: Gates = Gates()
+    evaluate: Evaluate = Evaluate()
+    ray: RayCluster = RayCluster()
+    spark: Spark = Spark()
+    keep_runs: int = Field(7, ge=1, description="runs whose staged files are kept")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        if self.refresh.users is not None and self.refresh.users > self.sampling.k:
+            raise ValueError(f"refresh.users ({self.refresh.users}) is more than sampling.k ({self.sampling.k})")
+        if self.evaluate.protocol == "random_item" and self.snapshot.split is None:
+            raise ValueError("evaluate.protocol random_item needs snapshot.split")
+        return self
+
+    def digest(self, *sections: str) -> str:
+        """Hash (16 hex digits) of the settings that decide results; of `sections` only, if named.
+
+        Where the lake is and how workers run is left out.
+        """
+        body = self.model_dump(mode="json", exclude={"lake", "storage_options", "ray", "spark", "keep_runs"})
+        body = {name: body[name] for name in sections} if sections else body
+        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _set(body: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator:
+        raise SettingsError(f"--set {override!r}: expected key=value, such as text.max_tokens=32")
+    *parents, last = key.split(".")
+    for parent in parents:
+        body = body.setdefault(parent, {})
+        if not isinstance(body, dict):
+            raise SettingsError(f"--set {override!r}: {parent} is not a section")
+    body[last] = yaml.safe_load(value)
+
+
+def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Settings:
+    """The settings of the YAML file `path` with `overrides` ("section.key=value") applied.
+
+    Raises:
+        SettingsError: no such file, no YAML mapping, an unknown key, or a value out of its range.
+    """
+    try:
+        body = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(
+            f"no settings file {path}; conf/ holds {sorted(p.name for p in Path('conf').glob('*.yaml'))}"
+        ) from None
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path} is not YAML: {error}") from error
+    if not isinstance(body, dict):
+        raise SettingsError(f"{path} holds no mapping of settings")
+    for override in overrides:
+        _set(body, override)
+    try:
+        return Settings.model_validate(body)
+    except ValidationError as error:
+        lines = [f"  {'.'.join(str(part) for part in e['loc']) or '(all)'}: {e['msg']}" for e in error.errors()]
+        raise SettingsError("\n".join([f"{path}: settings that cannot be used:", *lines])) from None

@@ -1,0 +1,130 @@
+"""A folder that is complete or does not count: files first, then a manifest with their rows and checksums.
+
+Stages leave their results so (under `_staging/<run_id>/<stage>`), and so do artifacts, which are named by their content
+(`_artifacts/spaces/<version>`, `_artifacts/models/<version>`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from schemas.errors import ColdRefreshError
+
+_MANIFEST = "manifest.json"
+
+
+class StagingError(ColdRefreshError):
+    """A staged file is not what its manifest says, or is read before it is complete."""
+
+
+def _filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    return fs.FileSystem.from_uri(uri) if "://" in uri else (fs.LocalFileSystem(), uri)
+
+
+@dataclass(frozen=True)
+class Staging:
+    """One folder, at `uri`, with a manifest when complete."""
+
+    uri: str
+
+    def path(self, name: str) -> str:
+        """Where `name` is: a file, or the folder of a table that Spark writes."""
+        return f"{self.uri}/{name}"
+
+    def _open(self) -> tuple[fs.FileSystem, str]:
+        return _filesystem(self.uri)
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write a file whole."""
+        filesystem, root = self._open()
+        target = f"{root}/{name}"
+        filesystem.create_dir(target.rsplit("/", 1)[0], recursive=True)
+        with filesystem.open_output_stream(target) as stream:
+            stream.write(content)
+
+    def write(self, name: str, table: pa.Table) -> None:
+        """Write `table` as `<name>/part-0.parquet`, so that a table is a folder whoever wrote it."""
+        filesystem, root = self._open()
+        filesystem.create_dir(f"{root}/{name}", recursive=True)
+        pq.write_table(table, f"{root}/{name}/part-0.parquet", filesystem=filesystem, compression="zstd")
+
+    def _files(self) -> dict[str, dict[str, Any]]:
+        filesystem, root = self._open()
+        listing = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
+        facts = {}
+        for info in sorted(listing, key=lambda i: i.path):
+            name = info.path[len(root) + 1 :]
+            if info.type != fs.FileType.File or name == _MANIFEST or info.base_name.startswith(("_SUCCESS", ".")):
+                continue
+            digest = hashlib.sha256()
+            with filesystem.open_input_stream(info.path) as stream:
+                while chunk := stream.read(1 << 22):
+                    digest.update(chunk)
+            facts[name] = {"bytes": info.size, "sha256": digest.hexdigest()}
+            if name.endswith(".parquet"):
+                facts[name]["rows"] = pq.read_metadata(info.path, filesystem=filesystem).num_rows
+        return facts
+
+    def complete(self, facts: dict[str, Any]) -> None:
+        """Write the manifest: from here on the folder counts. `facts` are kept in it (JSON)."""
+        body = json.dumps({"facts": facts, "files": self._files()}, indent=1, sort_keys=True, default=str).encode()
+        filesystem, root = self._open()
+        # Object stores write a file whole; a local file is moved into its name, so that a kill leaves all or nothing.
+        self.write_bytes(_MANIFEST + ".part", body)
+        filesystem.move(f"{root}/{_MANIFEST}.part", f"{root}/{_MANIFEST}")
+
+    def is_complete(self) -> bool:
+        filesystem, root = self._open()
+        return filesystem.get_file_info(f"{root}/{_MANIFEST}").type == fs.FileType.File
+
+    def _manifest(self) -> dict[str, Any]:
+        if not self.is_complete():
+            raise StagingError(f"{self.uri} is not complete: its stage has not run (or was killed); run it first")
+        return json.loads(self.read_bytes(_MANIFEST))
+
+    def facts(self) -> dict[str, Any]:
+        """What the stage said of itself.
+
+        Raises:
+            StagingError: the folder is not complete.
+        """
+        return self._manifest()["facts"]
+
+    def verify(self) -> None:
+        """Raises StagingError if a file is gone or differs from its checksum."""
+        expected, found = self._manifest()["files"], self._files()
+        for name, facts in expected.items():
+            if found.get(name) != facts:
+                raise StagingError(
+                    f"{self.path(name)} is not what its manifest says ({found.get(name, 'absent')}); "
+                    f"remove the folder {self.uri} and run again"
+                )
+
+    def read_bytes(self, name: str) -> bytes:
+        filesystem, root = self._open()
+        with filesystem.open_input_stream(f"{root}/{name}") as stream:
+            return stream.read()
+
+    def read(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """The staged table `name`."""
+        filesystem, root = self._open()
+        return pq.read_table(f"{root}/{name}", columns=columns, filesystem=filesystem, partitioning=None)
+
+    def clear(self) -> None:
+        """Remove what a killed stage may have left."""
+        filesystem, root = self._open()
+        if filesystem.get_file_info(root).type == fs.FileType.Directory:
+            filesystem.delete_dir(root)
+
+    def children(self) -> list[str]:
+        """Names of the folders in this one."""
+        filesystem, root = self._open()
+        listing = filesystem.get_file_info(fs.FileSelector(root, allow_not_found=True))
+        return sorted(info.base_name for info in listing if info.type == fs.FileType.Directory)
