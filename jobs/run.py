@@ -1,7 +1,7 @@
 """One run: settings, a run date, the pinned versions of the input tables, and where its stages leave their results.
 
 The first row of a run in `runs` (stage `open`) pins the input versions. A run that is started again goes on with that row
-as long as it is not published, so every stage, in whatever process, reads the same tables.
+as long as it is not finished, so every stage, in whatever process, reads the same tables.
 """
 
 from __future__ import annotations
@@ -24,6 +24,18 @@ from jobs.settings import Settings, SettingsError
 from jobs.staging import Staging
 from schemas.errors import ColdRefreshError
 
+STAGES = (
+    "snapshot",
+    "text_embeddings",
+    "cf",
+    "filterllm_train",
+    "filterllm_score",
+    "refresh",
+    "gates",
+    "publish",
+    "evaluate",
+    "report",
+)
 OUTPUTS = ("sampled_interactions", "item_embeddings", "user_embeddings")
 _RUN_ID = re.compile(r"[0-9]{8}-[0-9a-f]{12}")
 
@@ -122,7 +134,7 @@ def input_tables(settings: Settings) -> dict[str, str]:
 
 
 def open_run(settings: Settings, run_date: date) -> Run:
-    """The run of `run_date`: the one that was begun and not published, or published from the same inputs; else a new one.
+    """The run of `run_date`: the one that was begun and not finished, or finished from the same inputs; else a new one.
 
     Raises:
         jobs.lake.LakeError: an input table is missing.
@@ -135,9 +147,9 @@ def open_run(settings: Settings, run_date: date) -> Run:
         begun = max((r for r in rows if r["stage"] == "open"), key=lambda r: r["sequence"], default=None)
         same_code = begun is not None and (begun["conf_hash"], begun["code_version"]) == (conf_hash, code_version())
         if begun is not None and same_code:
-            published = any(r["stage"] == "publish" and r["run_id"] == begun["run_id"] for r in rows)
+            finished = any(r["stage"] == STAGES[-1] and r["run_id"] == begun["run_id"] for r in rows)
             pinned = json.loads(begun["input_versions"])
-            if not published or pinned == current:
+            if not finished or pinned == current:
                 return Run(settings, run_date, begun["run_id"], begun["sequence"], pinned, conf_hash)
         sequence = begun["sequence"] + 1 if begun else 1
         facts = json.dumps([run_date.isoformat(), conf_hash, code_version(), current, sequence], sort_keys=True)

@@ -1,0 +1,80 @@
+"""The input tables, read by Spark at the versions that the run pinned, under our column names.
+
+A user's own tables may use any Delta feature (deletion vectors, column mapping, clustering): only Spark reads them here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from jobs.run import Run
+from jobs.settings import InputTable
+from schemas.errors import ContractError
+from schemas.table import table as schema
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+# Types that a table may hold for a contract's type without losing anything.
+_ACCEPTED = {
+    "string": ("string", "int", "bigint", "smallint", "varchar", "char"),
+    "timestamp": ("timestamp", "timestamp_ntz", "date"),
+    "double": ("double", "float", "int", "bigint", "smallint", "tinyint", "decimal"),
+    "long": ("bigint", "int", "smallint", "tinyint"),
+}
+
+
+def _read(spark: SparkSession, run: Run, name: str, source: InputTable, version: int | None) -> DataFrame:
+    from pyspark.sql import functions as F
+
+    contract = schema(name)
+    path = run.lake.path(source.table)
+    pinned = run.input_versions[name] if version is None else version
+    frame = spark.read.format("delta").option("versionAsOf", pinned).load(path)
+    held = {column.lower(): (column, kind) for column, kind in frame.dtypes}
+    unknown = sorted(set(source.columns) - {c.name for c in contract.columns})
+    if unknown:
+        raise ContractError(f"inputs.{name}.columns maps {unknown}, which are no columns of '{name}'")
+    selected = []
+    for column in contract.columns:
+        theirs = source.columns.get(column.name, column.name)
+        found, kind = held.get(theirs.lower(), (None, ""))
+        if found is None:
+            if not column.optional or column.name in source.columns:
+                raise ContractError(
+                    f"table '{source.table}' (version {pinned}) has no column '{theirs}' for {name}.{column.name}; it has "
+                    f"{frame.columns}. Map it in conf: inputs.{name}.columns.{column.name}"
+                )
+            selected.append(F.lit(None).cast(column.type).alias(column.name))
+            continue
+        if kind.split("(")[0] not in _ACCEPTED[column.type]:
+            raise ContractError(
+                f"table '{source.table}' (version {pinned}): column '{found}' is {kind}, and {name}.{column.name} "
+                f"needs {column.type}. Cast it in the table, or map another column in inputs.{name}.columns"
+            )
+        selected.append(F.col(f"`{found}`").cast(column.type).alias(column.name))
+    return frame.select(*selected)
+
+
+def interactions(spark: SparkSession, run: Run, *, version: int | None = None) -> DataFrame:
+    """Events with the columns of schemas/interactions.yaml; optional ones that the table lacks are null.
+
+    Args:
+        version: Delta version to read; the pinned one by default.
+
+    Raises:
+        ContractError: a column is missing or has the wrong type.
+    """
+    return _read(spark, run, "interactions", run.settings.inputs.interactions, version)
+
+
+def items(spark: SparkSession, run: Run) -> DataFrame:
+    """Items with the columns of schemas/items.yaml. Raises as `interactions` does."""
+    return _read(spark, run, "items", run.settings.inputs.items, None)
+
+
+def split(spark: SparkSession, run: Run) -> DataFrame:
+    """The given split (schemas/split.yaml); needs snapshot.split in the settings. Raises as `interactions` does."""
+    if run.settings.snapshot.split is None:
+        raise ContractError("snapshot.split is not set: this run has no given split")
+    return _read(spark, run, "split", InputTable(table=run.settings.snapshot.split.table), None)
