@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from jobs.run import Run
 from jobs.settings import InputTable
+from jobs.spark_session import spark_path
 from schemas.errors import ContractError
 from schemas.table import table as schema
 
@@ -30,7 +31,7 @@ def _read(spark: SparkSession, run: Run, name: str, source: InputTable, version:
     contract = schema(name)
     path = run.lake.path(source.table)
     pinned = run.input_versions[name] if version is None else version
-    frame = spark.read.format("delta").option("versionAsOf", pinned).load(path)
+    frame = spark.read.format("delta").option("versionAsOf", pinned).load(spark_path(path))
     held = {column.lower(): (column, kind) for column, kind in frame.dtypes}
     unknown = sorted(set(source.columns) - {c.name for c in contract.columns})
     if unknown:

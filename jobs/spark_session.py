@@ -53,3 +53,8 @@ def session(settings: Spark, name: str = "cold-refresh") -> Any:
     spark = builder.getOrCreate()
     spark.sparkContext.setLogLevel("ERROR")
     return spark
+
+
+def spark_path(uri: str) -> str:
+    """`uri` as Spark's Hadoop names it: Amazon's store is s3a there, s3 everywhere else."""
+    return "s3a://" + uri[5:] if uri.startswith("s3://") else uri

@@ -1,0 +1,134 @@
+"""One night's cold refresh: the stages in order, each at most once.
+
+    spark-submit jobs/cold_refresh.py --conf conf/demo.yaml --run-date 2017-11-01
+
+Started again it goes on where it was stopped; when the night is finished and its inputs are the same, it does nothing and
+says so. `--stage NAME` runs one stage (earlier ones must be complete), `--dry-run` only says what would be done. The last
+line of stdout is a summary in JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import time
+from datetime import date
+from typing import Any
+
+from jobs import cli
+from jobs.run import STAGES, Run, execute, find_run, log, open_run, parse_run_date
+from jobs.settings import Settings
+from jobs.staging import Staging
+
+
+def _execute(run: Run, name: str) -> dict[str, Any]:
+    # A stage's engine is imported when the stage runs: a task that needs no Spark starts none.
+    return execute(run, name, importlib.import_module(f"jobs.{name}").run)
+
+
+def refresh(settings: Settings, run_date: date, stage: str | None = None) -> dict[str, Any]:
+    """Run every stage that is not complete, or only `stage`; returns the summary.
+
+    Raises:
+        ColdRefreshError: a stage cannot run or a gate failed; nothing of the night is published unless it was before.
+    """
+    begun = time.perf_counter()
+    run = open_run(settings, run_date)
+    done = run.recorded()
+    log(f"run {run.run_id} of {run_date}, inputs {run.input_versions}")
+    computed = []
+    if stage is None and STAGES[-1] in done:
+        log("this night is finished and its inputs have not changed: nothing is recomputed")
+    else:
+        for name in (stage,) if stage else STAGES:
+            if name in done:
+                log(f"[{name}] complete already: skipped")
+                continue
+            if not run.staging(name).is_complete():
+                computed.append(name)
+            done[name] = _execute(run, name)
+    if STAGES[-1] in done:
+        _prune(run)
+    return _summary(run, done, computed, time.perf_counter() - begun)
+
+
+def _summary(run: Run, done: dict[str, dict[str, Any]], computed: list[str], seconds: float) -> dict[str, Any]:
+    snapshot, refreshed = done.get("snapshot", {}), done.get("refresh", {})
+    return {
+        "run_id": run.run_id,
+        "run_date": run.run_date.isoformat(),
+        "lake": run.settings.lake,
+        "stages_computed": computed,
+        "stages_complete": [name for name in STAGES if name in done],
+        "rows_in": snapshot.get("rows_in"),
+        "rows_rejected": snapshot.get("rows_rejected"),
+        "cold_items": snapshot.get("cold"),
+        "rows_out": refreshed.get("rows"),
+        "sources": refreshed.get("sources"),
+        "output_versions": done.get("publish", {}).get("output_versions"),
+        "metrics": done.get("evaluate", {}).get("summary"),
+        "report": done.get("report", {}).get("path"),
+        "seconds": round(seconds, 1),
+    }
+
+
+def _prune(run: Run) -> None:
+    """Remove the staged files of finished runs, but of the newest `keep_runs`."""
+    rows = run.lake.read("runs", columns=["refresh_date", "sequence", "run_id", "stage"]).to_pylist()
+    finished = sorted((r["refresh_date"], r["sequence"], r["run_id"]) for r in rows if r["stage"] == STAGES[-1])
+    present = set(Staging(run.lake.path("_staging")).children())
+    for _, _, run_id in finished[: -run.settings.keep_runs]:
+        if run_id in present and run_id != run.run_id:
+            log(f"removing the staged files of run {run_id} (keep_runs is {run.settings.keep_runs})")
+            Staging(run.lake.path(f"_staging/{run_id}")).clear()
+
+
+def plan(settings: Settings, run_date: date) -> dict[str, Any]:
+    """What `refresh` would do, without doing it: each stage with whether it would run, and its seconds last time."""
+    existing, new = find_run(settings, run_date)
+    run = existing or new
+    done = run.recorded() if existing else {}
+    rows = run.lake.read("runs", columns=["refresh_date", "sequence", "run_id", "stage", "seconds"]).to_pylist()
+    last = {r["stage"]: r["seconds"] for r in sorted(rows, key=lambda r: (r["refresh_date"], r["sequence"]))}
+    stages = []
+    for name in STAGES:
+        complete = name in done or (existing is not None and run.staging(name).is_complete())
+        cost = f"took {last[name]:.0f} s last time" if name in last else "never run in this lake"
+        log(f"  {name:16} {'skip: complete' if complete else 'run'} ({cost})")
+        stages.append({"stage": name, "run": not complete, "seconds_last_time": last.get(name)})
+    inputs = {}
+    for name, version in run.input_versions.items():
+        source = getattr(settings.inputs, name).table if name != "split" else settings.snapshot.split.table  # type: ignore[union-attr]
+        table = run.lake.table(source, version)
+        inputs[name] = {
+            "version": version,
+            "rows": sum(filter(None, table.get_add_actions()["num_records"].to_pylist())),
+        }
+        log(f"  input {name}: version {version}, {inputs[name]['rows']} rows in its files")
+    why = "goes on with a run" if existing else "opens a new run"
+    log(f"run {run.run_id} of {run_date} ({why}); nothing was done")
+    return {"dry_run": True, "run_id": run.run_id, "run_date": run_date.isoformat(), "inputs": inputs, "stages": stages}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.parser(__doc__)
+    cli.add_settings(parser)
+    parser.add_argument("--run-date", required=True, help="YYYY-MM-DD: only what happened before this day is known")
+    parser.add_argument("--stage", choices=STAGES, help="run this stage only")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done")
+    args: argparse.Namespace = parser.parse_args(argv)
+
+    def job() -> dict[str, Any]:
+        settings, run_date = cli.settings(args), parse_run_date(args.run_date)
+        return plan(settings, run_date) if args.dry_run else refresh(settings, run_date, args.stage)
+
+    return cli.main(job)
+
+
+if __name__ == "__main__":
+    # spark-submit puts this file's folder first on the path, where its modules would hide others of the same name.
+    here = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or ".") != here]
+    sys.exit(importlib.import_module("jobs.cold_refresh").main())

@@ -1,0 +1,150 @@
+"""Stage `snapshot`: the night's view of the input tables, cleaned, numbered, labelled warm or cold (Spark)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from jobs import gates, inputs
+from jobs.run import Run
+from jobs.spark_session import session, spark_path
+from jobs.staging import Staging
+from schemas.errors import ContractError
+from schemas.table import table as schema
+from udfs import cleaning
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+
+def _write(frame: DataFrame, out: Staging, name: str, order: str | None = None) -> None:
+    """Stage `frame` as table `name` with its contract's columns, in an order that does not depend on the cluster."""
+    frame = frame.select(*[c.name for c in schema(name).columns if c.name not in ("refresh_date", "run_id")])
+    if order:
+        frame = frame.repartitionByRange(order).sortWithinPartitions(*(schema(name).key or (order,)))
+    frame.write.mode("overwrite").option("compression", "zstd").parquet(spark_path(out.path(name)))
+
+
+def _digest(frame: DataFrame, *columns: str) -> str:
+    """Hash of the rows of `columns`, whatever their order: what is computed from them is named by it."""
+    from pyspark.sql import functions as F
+
+    row = F.sha2(F.to_json(F.struct(*columns), {"ignoreNullFields": "false"}), 256)
+    halves = [F.bit_xor(F.conv(F.substring(row, start, 15), 16, 10).cast("bigint")) for start in (1, 16)]
+    found = frame.select(*[h.alias(f"h{i}") for i, h in enumerate(halves)], F.count("*").alias("n")).first()
+    return f"{found['h0'] or 0:015x}{found['h1'] or 0:015x}-{found['n']}"
+
+
+def run(run: Run, out: Staging) -> dict[str, Any]:
+    """Leaves training_interactions, users, items_labelled and rejected_rows.
+
+    Returns:
+        rows_in, rows_used and rows_rejected for each input; users, items, warm, cold, pairs; digests of what later stages
+        compute from.
+
+    Raises:
+        ContractError: a column is missing or has the wrong type, or a table is empty.
+        jobs.gates.GateError: the counts do not reconcile, or too much is rejected.
+    """
+    spark = session(run.settings.spark)
+    rejected: list[DataFrame] = []
+    all_items, all_events = inputs.items(spark, run), inputs.interactions(spark, run)
+    rows_in = {"interactions": all_events.count(), "items": all_items.count()}
+    for name, rows in rows_in.items():
+        if rows == 0:
+            raise ContractError(
+                f"table '{name}' (version {run.input_versions[name]}) is empty: there is nothing to refresh from"
+            )
+    settings = run.settings.snapshot
+
+    kept_items, bad_items = cleaning.clean_items(
+        all_items, run.midnight, run.settings.text.prompt, settings.max_text_bytes
+    )
+    kept_items = kept_items.persist()
+    rejected.append(bad_items)
+    pairs, bad_events = cleaning.clean_interactions(
+        all_events, kept_items.select("item_id"), run.midnight, settings.window_days, _trained_pairs(spark, run)
+    )
+    rejected.append(bad_events)
+    if settings.k_core_users > 1 or settings.k_core_items > 1:
+        pairs, dropped = cleaning.k_core(pairs.persist(), settings.k_core_users, settings.k_core_items)
+        rejected.append(dropped)
+    pairs = pairs.persist()
+    users, labelled = _label(pairs, kept_items, settings.warm_interactions, rejected)
+
+    _write(users, out, "users", "user_idx")
+    _write(labelled, out, "items_labelled", "item_idx")
+    users, labelled = (spark.read.parquet(spark_path(out.path(name))) for name in ("users", "items_labelled"))
+    numbered = pairs.join(users.select("user_id", "user_idx"), "user_id").join(
+        labelled.select("item_id", "item_idx"), "item_id"
+    )
+    _write(numbered, out, "training_interactions", "user_idx")
+    together = rejected[0]
+    for more in rejected[1:]:
+        together = together.unionByName(more)
+    _write(together.coalesce(1), out, "rejected_rows")
+    spark.catalog.clearCache()
+    facts = _facts(spark, out, rows_in)
+    gates.check_inputs(run, out, facts)
+    return facts
+
+
+def _trained_pairs(spark: SparkSession, run: Run) -> DataFrame | None:
+    split = run.settings.snapshot.split
+    if split is None:
+        return None
+    table = inputs.split(spark, run)
+    return table.where(table["part"].isin(*split.train)).select("user_id", "item_id")
+
+
+def _label(
+    pairs: DataFrame, items: DataFrame, warm_interactions: int, rejected: list[DataFrame]
+) -> tuple[DataFrame, DataFrame]:
+    """users and items_labelled; cold items that have neither text nor interactions are added to `rejected`."""
+    from pyspark.sql import functions as F
+
+    degrees = pairs.groupBy("item_id").agg(F.count("*").alias("interactions"))
+    labelled = items.join(degrees, "item_id", "left").fillna(0, ["interactions"])
+    labelled = labelled.withColumn(
+        "label", F.when(F.col("interactions") >= warm_interactions, "warm").otherwise("cold")
+    )
+    hopeless = F.col("content").isNull() & (F.col("interactions") == 0)
+    rejected.append(
+        labelled.where(hopeless).select(
+            F.lit("items").alias("table"),
+            F.col("item_id").alias("key"),
+            F.lit("no_text").alias("reason"),
+            F.lit(None).cast("string").alias("detail"),
+            F.lit(1).cast("bigint").alias("rows"),
+        )
+    )
+    users = cleaning.number(pairs.groupBy("user_id").agg(F.count("*").alias("interactions")), "user_id", "user_idx")
+    return users, cleaning.number(labelled.where(~hopeless), "item_id", "item_idx")
+
+
+def _facts(spark: SparkSession, out: Staging, rows_in: dict[str, int]) -> dict[str, Any]:
+    from pyspark.sql import functions as F
+
+    def staged(name: str) -> DataFrame:
+        return spark.read.parquet(spark_path(out.path(name)))
+
+    pairs, items = staged("training_interactions"), staged("items_labelled")
+    used = pairs.agg(F.count("*").alias("pairs"), F.coalesce(F.sum("events"), F.lit(0)).alias("events")).first()
+    labels = {row["label"]: row["count"] for row in items.groupBy("label").count().collect()}
+    bad = {
+        row["table"]: row["rows"]
+        for row in staged("rejected_rows").groupBy("table").agg(F.sum("rows").alias("rows")).collect()
+    }
+    reasons = staged("rejected_rows").groupBy("table", "reason").agg(F.sum("rows").alias("rows")).collect()
+    return {
+        "rows_in": rows_in,
+        "rows_used": {"interactions": used["events"], "items": sum(labels.values())},
+        "rows_rejected": {name: bad.get(name, 0) for name in rows_in},
+        "rejected_reasons": {f"{row['table']}.{row['reason']}": row["rows"] for row in sorted(reasons)},
+        "users": staged("users").count(),
+        "items": sum(labels.values()),
+        "warm": labels.get("warm", 0),
+        "cold": labels.get("cold", 0),
+        "pairs": used["pairs"],
+        "training_digest": _digest(pairs, "user_id", "item_id", "weight", "last_time", "last_seq"),
+        "items_digest": _digest(items, "item_id", "label", "interactions", "text_sha256"),
+    }
