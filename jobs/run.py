@@ -94,11 +94,12 @@ class Run:
         row = _row(self, stage, "complete", counts, seconds, output_versions)
         self.lake.commit("runs", row, app=f"runs/{self.run_id}/{stage}", lineage={"run_id": self.run_id})
 
-    def published(self) -> dict[str, int] | None:
-        """Output table -> version, if this run has been published; None otherwise."""
+    def recorded(self) -> dict[str, dict[str, Any]]:
+        """Stage -> facts, of the stages that `runs` knows to be complete."""
         rows = self.lake.read("runs", refresh_date=self.run_date).to_pylist()
-        done = [row for row in rows if row["run_id"] == self.run_id and row["stage"] == "publish"]
-        return json.loads(done[0]["output_versions"]) if done else None
+        return {
+            r["stage"]: json.loads(r["counts"]) for r in rows if r["run_id"] == self.run_id and r["stage"] != "open"
+        }
 
 
 def _row(
@@ -133,8 +134,11 @@ def input_tables(settings: Settings) -> dict[str, str]:
     return tables
 
 
-def open_run(settings: Settings, run_date: date) -> Run:
-    """The run of `run_date`: the one that was begun and not finished, or finished from the same inputs; else a new one.
+def find_run(settings: Settings, run_date: date) -> tuple[Run | None, Run]:
+    """The run of `run_date` to go on with, if there is one, and the new one that would be opened otherwise.
+
+    A run is gone on with if it was begun with these settings and this code and is not finished, or if it is finished and
+    its input tables have not changed since.
 
     Raises:
         jobs.lake.LakeError: an input table is missing.
@@ -142,25 +146,34 @@ def open_run(settings: Settings, run_date: date) -> Run:
     lake = Lake(settings.lake, settings.storage_options)
     current = {name: lake.version(table) for name, table in input_tables(settings).items()}
     conf_hash = settings.digest()
+    rows = lake.read("runs", refresh_date=run_date).to_pylist()
+    begun = max((r for r in rows if r["stage"] == "open"), key=lambda r: r["sequence"], default=None)
+    existing = None
+    if begun is not None and (begun["conf_hash"], begun["code_version"]) == (conf_hash, code_version()):
+        finished = any(r["stage"] == STAGES[-1] and r["run_id"] == begun["run_id"] for r in rows)
+        pinned = json.loads(begun["input_versions"])
+        if not finished or pinned == current:
+            existing = Run(settings, run_date, begun["run_id"], begun["sequence"], pinned, conf_hash)
+    sequence = begun["sequence"] + 1 if begun else 1
+    facts = json.dumps([run_date.isoformat(), conf_hash, code_version(), current, sequence], sort_keys=True)
+    run_id = f"{run_date:%Y%m%d}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
+    return existing, Run(settings, run_date, run_id, sequence, current, conf_hash)
+
+
+def open_run(settings: Settings, run_date: date) -> Run:
+    """The run of `run_date` to go on with (see `find_run`), or a new one, whose input versions are pinned in `runs`.
+
+    Raises:
+        jobs.lake.LakeError: an input table is missing.
+    """
     while True:
-        rows = lake.read("runs", refresh_date=run_date).to_pylist()
-        begun = max((r for r in rows if r["stage"] == "open"), key=lambda r: r["sequence"], default=None)
-        same_code = begun is not None and (begun["conf_hash"], begun["code_version"]) == (conf_hash, code_version())
-        if begun is not None and same_code:
-            finished = any(r["stage"] == STAGES[-1] and r["run_id"] == begun["run_id"] for r in rows)
-            pinned = json.loads(begun["input_versions"])
-            if not finished or pinned == current:
-                return Run(settings, run_date, begun["run_id"], begun["sequence"], pinned, conf_hash)
-        sequence = begun["sequence"] + 1 if begun else 1
-        facts = json.dumps([run_date.isoformat(), conf_hash, code_version(), current, sequence], sort_keys=True)
-        run_id = f"{run_date:%Y%m%d}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
-        run = Run(settings, run_date, run_id, sequence, current, conf_hash)
-        row = _row(run, "open", "started", {}, 0.0, {})
+        existing, new = find_run(settings, run_date)
+        if existing is not None:
+            return existing
         # Two drivers that start at once agree through this transaction: one row wins, and the other reads it.
-        lake.commit("runs", row, app=f"runs/open/{run_date}", sequence=sequence, lineage={"run_id": run_id})
-        rows = lake.read("runs", refresh_date=run_date).to_pylist()
-        if any(r["stage"] == "open" and r["run_id"] == run_id for r in rows):
-            return run
+        row = _row(new, "open", "started", {}, 0.0, {})
+        app = f"runs/open/{run_date}"
+        new.lake.commit("runs", row, app=app, sequence=new.sequence, lineage={"run_id": new.run_id})
 
 
 Stage = Callable[[Run, Staging], dict[str, Any]]

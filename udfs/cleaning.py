@@ -111,7 +111,7 @@ def clean_items(items: DataFrame, midnight: datetime, prompt: str, max_text_byte
         .when(size > max_text_bytes, "text_too_long")
     )
     flagged = items.withColumn("reason", reason).withColumn(
-        "detail", F.concat(F.lit("text of "), size, F.lit(" bytes"))
+        "detail", F.when(F.col("reason") == "text_too_long", F.concat(F.lit("text of "), size, F.lit(" bytes")))
     )
     good = flagged.where("reason is null").withColumn("content", content(prompt))
     good = good.withColumn("text_sha256", F.sha2(F.col("content"), 256))
