@@ -32,8 +32,8 @@ class Lake:
     options: dict[str, str] = field(default_factory=dict, hash=False)
 
     def path(self, name: str) -> str:
-        """The URI of table `name`, or `name` itself if it is a URI or a path."""
-        return name if "/" in name else f"{self.uri.rstrip('/')}/{name}"
+        """The URI of `name` in the lake, or `name` itself if it is a URI or a path (that begins with / or .)."""
+        return name if "://" in name or name.startswith(("/", ".")) else f"{self.uri.rstrip('/')}/{name}"
 
     def table(self, name: str, version: int | None = None) -> DeltaTable:
         """The Delta table `name`.
