@@ -3,8 +3,9 @@
     spark-submit jobs/cold_refresh.py --conf conf/demo.yaml --run-date 2017-11-01
 
 Started again it goes on where it was stopped; when the night is finished and its inputs are the same, it does nothing and
-says so. `--stage NAME` runs one stage (earlier ones must be complete), `--dry-run` only says what would be done. The last
-line of stdout is a summary in JSON.
+says so. `--stage NAME` runs one stage (earlier ones must be complete), `--dry-run` only says what would be done. `--train`
+trains a new embedding space and FilterLLM model for the run date and publishes nothing: refreshes of that date and later
+use them. The last line of stdout is a summary in JSON.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from datetime import date
 from typing import Any
 
 from jobs import cli
-from jobs.run import STAGES, Run, execute, find_run, log, open_run, parse_run_date
+from jobs.run import STAGES, TRAINING_STAGES, Run, execute, find_run, log, open_run, parse_run_date
 from jobs.settings import Settings
 from jobs.staging import Staging
 
@@ -28,21 +29,24 @@ def _execute(run: Run, name: str) -> dict[str, Any]:
     return execute(run, name, importlib.import_module(f"jobs.{name}").run)
 
 
-def refresh(settings: Settings, run_date: date, stage: str | None = None) -> dict[str, Any]:
+def refresh(settings: Settings, run_date: date, stage: str | None = None, *, training: bool = False) -> dict[str, Any]:
     """Run every stage that is not complete, or only `stage`; returns the summary.
+
+    With `training` the stages end with the trained model, which is left, like the space, where later runs look for them.
 
     Raises:
         ColdRefreshError: a stage cannot run or a gate failed; nothing of the night is published unless it was before.
     """
     begun = time.perf_counter()
-    run = open_run(settings, run_date)
+    stages = TRAINING_STAGES if training else STAGES
+    run = open_run(settings.training() if training else settings, run_date, training=training)
     done = run.recorded()
     log(f"run {run.run_id} of {run_date}, inputs {run.input_versions}")
     computed = []
-    if stage is None and STAGES[-1] in done:
+    if stage is None and stages[-1] in done:
         log("this night is finished and its inputs have not changed: nothing is recomputed")
     else:
-        for name in (stage,) if stage else STAGES:
+        for name in (stage,) if stage else stages:
             if name in done:
                 log(f"[{name}] complete already: skipped")
                 continue
@@ -51,6 +55,8 @@ def refresh(settings: Settings, run_date: date, stage: str | None = None) -> dic
             done[name] = _execute(run, name)
     if STAGES[-1] in done:
         _prune(run)
+    elif training and stages[-1] in done:
+        Staging(run.lake.path(f"_staging/{run.run_id}")).clear()  # the space and the model are artifacts
     return _summary(run, done, computed, time.perf_counter() - begun)
 
 
@@ -85,15 +91,15 @@ def _prune(run: Run) -> None:
             Staging(run.lake.path(f"_staging/{run_id}")).clear()
 
 
-def plan(settings: Settings, run_date: date) -> dict[str, Any]:
+def plan(settings: Settings, run_date: date, *, training: bool = False) -> dict[str, Any]:
     """What `refresh` would do, without doing it: each stage with whether it would run, and its seconds last time."""
-    existing, new = find_run(settings, run_date)
+    existing, new = find_run(settings.training() if training else settings, run_date, training=training)
     run = existing or new
     done = run.recorded() if existing else {}
     rows = run.lake.read("runs", columns=["refresh_date", "sequence", "run_id", "stage", "seconds"]).to_pylist()
     last = {r["stage"]: r["seconds"] for r in sorted(rows, key=lambda r: (r["refresh_date"], r["sequence"]))}
     stages = []
-    for name in STAGES:
+    for name in TRAINING_STAGES if training else STAGES:
         complete = name in done or (existing is not None and run.staging(name).is_complete())
         cost = f"took {last[name]:.0f} s last time" if name in last else "never run in this lake"
         log(f"  {name:16} {'skip: complete' if complete else 'run'} ({cost})")
@@ -117,12 +123,17 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_settings(parser)
     parser.add_argument("--run-date", required=True, help="YYYY-MM-DD: only what happened before this day is known")
     parser.add_argument("--stage", choices=STAGES, help="run this stage only")
+    parser.add_argument("--train", action="store_true", help=f"train for this date: {', '.join(TRAINING_STAGES)} only")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done")
     args: argparse.Namespace = parser.parse_args(argv)
+    if args.train and args.stage and args.stage not in TRAINING_STAGES:
+        parser.error(f"--train has no stage {args.stage}; it runs {', '.join(TRAINING_STAGES)}")
 
     def job() -> dict[str, Any]:
         settings, run_date = cli.settings(args), parse_run_date(args.run_date)
-        return plan(settings, run_date) if args.dry_run else refresh(settings, run_date, args.stage)
+        if args.dry_run:
+            return plan(settings, run_date, training=args.train)
+        return refresh(settings, run_date, args.stage, training=args.train)
 
     return cli.main(job)
 

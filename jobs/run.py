@@ -36,6 +36,7 @@ STAGES = (
     "evaluate",
     "report",
 )
+TRAINING_STAGES = STAGES[:4]
 OUTPUTS = ("sampled_interactions", "item_embeddings", "user_embeddings")
 _RUN_ID = re.compile(r"[0-9]{8}-[0-9a-f]{12}")
 
@@ -134,11 +135,12 @@ def input_tables(settings: Settings) -> dict[str, str]:
     return tables
 
 
-def find_run(settings: Settings, run_date: date) -> tuple[Run | None, Run]:
+def find_run(settings: Settings, run_date: date, *, training: bool = False) -> tuple[Run | None, Run]:
     """The run of `run_date` to go on with, if there is one, and the new one that would be opened otherwise.
 
     A run is gone on with if it was begun with these settings and this code and is not finished, or if it is finished and
-    its input tables have not changed since.
+    its input tables have not changed since. Training runs and refreshes of a date do not see each other: a refresh that was
+    killed is gone on with although a training run was opened since.
 
     Raises:
         jobs.lake.LakeError: an input table is missing.
@@ -147,32 +149,34 @@ def find_run(settings: Settings, run_date: date) -> tuple[Run | None, Run]:
     current = {name: lake.version(table) for name, table in input_tables(settings).items()}
     conf_hash = settings.digest()
     rows = lake.read("runs", refresh_date=run_date).to_pylist()
-    begun = max((r for r in rows if r["stage"] == "open"), key=lambda r: r["sequence"], default=None)
+    opening, last = ("open_training", TRAINING_STAGES[-1]) if training else ("open", STAGES[-1])
+    begun = max((r for r in rows if r["stage"] == opening), key=lambda r: r["sequence"], default=None)
     existing = None
     if begun is not None and (begun["conf_hash"], begun["code_version"]) == (conf_hash, code_version()):
-        finished = any(r["stage"] == STAGES[-1] and r["run_id"] == begun["run_id"] for r in rows)
+        finished = any(r["stage"] == last and r["run_id"] == begun["run_id"] for r in rows)
         pinned = json.loads(begun["input_versions"])
         if not finished or pinned == current:
             existing = Run(settings, run_date, begun["run_id"], begun["sequence"], pinned, conf_hash)
     sequence = begun["sequence"] + 1 if begun else 1
-    facts = json.dumps([run_date.isoformat(), conf_hash, code_version(), current, sequence], sort_keys=True)
+    facts = json.dumps([opening, run_date.isoformat(), conf_hash, code_version(), current, sequence], sort_keys=True)
     run_id = f"{run_date:%Y%m%d}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
     return existing, Run(settings, run_date, run_id, sequence, current, conf_hash)
 
 
-def open_run(settings: Settings, run_date: date) -> Run:
+def open_run(settings: Settings, run_date: date, *, training: bool = False) -> Run:
     """The run of `run_date` to go on with (see `find_run`), or a new one, whose input versions are pinned in `runs`.
 
     Raises:
         jobs.lake.LakeError: an input table is missing.
     """
     while True:
-        existing, new = find_run(settings, run_date)
+        existing, new = find_run(settings, run_date, training=training)
         if existing is not None:
             return existing
         # Two drivers that start at once agree through this transaction: one row wins, and the other reads it.
-        row = _row(new, "open", "started", {}, 0.0, {})
-        app = f"runs/open/{run_date}"
+        opening = "open_training" if training else "open"
+        row = _row(new, opening, "started", {}, 0.0, {})
+        app = f"runs/{opening}/{run_date}"
         new.lake.commit("runs", row, app=app, sequence=new.sequence, lineage={"run_id": new.run_id})
 
 

@@ -76,7 +76,11 @@ class Cf(_Section):
     layers: int = Field(2, ge=0, description="LightGCN")
     binary: bool = Field(True, description="every pair has weight 1; otherwise log(1 + sum of weights)")
     blocks: int = Field(2, ge=1, description="ALS: parallel blocks; 1 makes it deterministic to the last bit")
-    retrain_days: int = Field(7, ge=1, description="a space older than this on the run date is trained anew")
+    retrain_days: int = Field(
+        8,
+        ge=1,
+        description="a space so many days old is trained anew; a day more than dags/cold_refresh_training.py takes",
+    )
 
 
 class FilterLLM(_Section):
@@ -101,7 +105,7 @@ class FilterLLM(_Section):
     validation_share: float = Field(0.05, gt=0, lt=1, description="warm items held out to stop early and to calibrate")
     patience: int = Field(4, ge=1)
     vocabulary_chunk: int = Field(65536, ge=1, description="users whose logits exist at a time")
-    retrain_days: int = Field(7, ge=1)
+    retrain_days: int = Field(8, ge=1)
 
 
 class Sampling(_Section):
@@ -188,11 +192,25 @@ class Settings(_Section):
     def digest(self, *sections: str) -> str:
         """Hash (16 hex digits) of the settings that decide results; of `sections` only, if named.
 
-        Where the lake is and how workers run is left out.
+        Where the lake is and how workers run is left out; of named sections also `retrain_days`, which says when to train
+        and not what comes of it, so that a space is found again whatever asked for it.
         """
         body = self.model_dump(mode="json", exclude={"lake", "storage_options", "ray", "spark", "keep_runs"})
-        body = {name: body[name] for name in sections} if sections else body
+        if sections:
+            body = {name: body[name] for name in sections}
+            for section in body.values():
+                if isinstance(section, dict):
+                    section.pop("retrain_days", None)
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
+
+    def training(self) -> Settings:
+        """These settings, with a new space and model for the run date unless that very day has them."""
+        return self.model_copy(
+            update={
+                "cf": self.cf.model_copy(update={"retrain_days": 1}),
+                "filterllm": self.filterllm.model_copy(update={"retrain_days": 1}),
+            }
+        )
 
 
 def _set(body: dict[str, Any], override: str) -> None:
