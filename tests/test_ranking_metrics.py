@@ -1,0 +1,149 @@
+"""udfs/ranking_metrics.py and udfs/floors.py against a plain float64 reference."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from udfs import floors
+from udfs.ranking_metrics import bootstrap, per_user, task, top_k
+
+
+def reference(scores, candidates, truth, known, ks):
+    """Python loops over one user at a time; `scores` [U, I] float64. Returns metric -> {user: value}."""
+    values = {}
+    for user in sorted({u for u, i in truth if i in set(candidates)}):
+        true = {i for u, i in truth if u == user and i in set(candidates)}
+        masked = {i for u, i in known if u == user} - true
+        allowed = [(position, i) for position, i in enumerate(candidates) if i not in masked]
+        ranked = sorted(allowed, key=lambda pair: (-float(scores[user, pair[1]]), pair[0]))
+        ranked = [i for _, i in ranked if scores[user, i] > -math.inf]
+        for k in ks:
+            hits = [1.0 if i in true else 0.0 for i in ranked[:k]]
+            dcg = sum(h / math.log2(r + 2) for r, h in enumerate(hits))
+            ideal = sum(1 / math.log2(r + 2) for r in range(min(k, len(true))))
+            values.setdefault(f"ndcg@{k}", {})[user] = dcg / ideal
+            values.setdefault(f"recall@{k}", {})[user] = sum(hits) / len(true)
+            values.setdefault(f"hit@{k}", {})[user] = float(sum(hits) > 0)
+    return values
+
+
+def pairs_of(matrix):
+    users, items = np.nonzero(matrix)
+    return users.astype(np.int64), items.astype(np.int64)
+
+
+@pytest.mark.parametrize("chunk_scores", [1, 90, 10**6])
+@pytest.mark.parametrize("levels", [5, 10**6])  # five distinct scores: nearly everything is tied
+def test_metrics_are_those_of_the_reference(chunk_scores, levels):
+    rng = np.random.default_rng(3)
+    users, items = 40, 60
+    scores = (rng.integers(0, levels, (users, items)) / levels).astype(np.float32)
+    scores[:, 7] = -np.inf
+    candidates = rng.permutation(items)[:45].astype(np.int64)
+    truth, known = rng.random((users, items)) < 0.06, rng.random((users, items)) < 0.2
+    built = task(candidates, pairs_of(truth), pairs_of(known))
+    found = per_user(lambda rows: scores[rows][:, candidates], built, (1, 5, 20, 100), chunk_scores)
+    expected = reference(
+        scores.astype(np.float64), candidates.tolist(), set(zip(*np.nonzero(truth), strict=True)),
+        set(zip(*np.nonzero(known), strict=True)), (1, 5, 20, 100),
+    )  # fmt: skip
+    assert len(found) == 12
+    assert len(built.users) < users  # somebody has no truth among the candidates, and takes no part
+    for name, values in found.items():
+        assert built.users.tolist() == list(expected[name])
+        np.testing.assert_allclose(values, list(expected[name].values()), rtol=0, atol=1e-12, err_msg=name)
+
+
+def test_a_case_worked_by_hand():
+    # User 0: ranks 0 (masked), 1 (hit), 2, 3 (hit); two true items, so the ideal is 1 + 1/log2(3).
+    built = task(np.arange(4), (np.array([0, 0]), np.array([1, 3])), (np.array([0]), np.array([0])))
+    found = per_user(lambda rows: np.array([[0.9, 0.8, 0.7, 0.6]], np.float32), built, (2, 3))
+    assert found["ndcg@3"][0] == pytest.approx((1 + 1 / math.log2(4)) / (1 + 1 / math.log2(3)))
+    assert found["ndcg@2"][0] == pytest.approx(1 / (1 + 1 / math.log2(3)))
+    assert (found["recall@2"][0], found["recall@3"][0], found["hit@2"][0]) == (0.5, 1.0, 1.0)
+
+
+def test_users_are_limited_to_those_named():
+    built = task(
+        np.arange(3), (np.array([0, 1, 2]), np.array([0, 1, 2])), (np.array([]), np.array([])), np.array([2, 0])
+    )
+    assert built.users.tolist() == [0, 2]
+
+
+def test_no_candidates_and_no_users():
+    empty = (np.array([], np.int64), np.array([], np.int64))
+    built = task(np.array([], np.int64), (np.array([0]), np.array([0])), empty)
+    assert len(built.users) == 0
+    assert per_user(lambda rows: np.zeros((len(rows), 0), np.float32), built, (20,))["ndcg@20"].shape == (0,)
+
+
+def test_top_k_is_that_of_a_stable_sort():
+    rng = np.random.default_rng(0)
+    scores = rng.integers(0, 4, (50, 33)).astype(np.float32)
+    scores[rng.random(scores.shape) < 0.2] = -np.inf
+    for k in (1, 7, 33, 50):
+        np.testing.assert_array_equal(top_k(scores, k), np.argsort(-scores, axis=1, kind="stable")[:, :k])
+    with pytest.raises(ValueError, match="1 of 2 scores are NaN"):
+        top_k(np.array([[np.nan, 1.0]], np.float32), 1)
+
+
+def test_bootstrap_covers_the_mean_it_is_of_and_is_seeded():
+    rng = np.random.default_rng(1)
+    covered = 0
+    for trial in range(200):
+        values = rng.exponential(2.0, (80, 1))
+        low, high = bootstrap(values, 200, seed=trial)
+        assert low[0] < values.mean() < high[0]
+        covered += low[0] <= 2.0 <= high[0]
+    assert 175 <= covered <= 198  # of 200 intervals of 95 %; percentile intervals are a little narrow on skewed data
+    np.testing.assert_array_equal(bootstrap(values, 50, 9), bootstrap(values, 50, 9))
+    assert bootstrap(values, 0, 9) is None
+    assert bootstrap(values[:0], 50, 9) is None
+
+
+def test_random_scores_are_uniform_and_belong_to_their_ids():
+    users, items = [f"u{i}" for i in range(200)], [f"i{i}" for i in range(300)]
+    user_hashes, item_hashes = floors.id_hashes(users, 7), floors.id_hashes(items, 7)
+    candidates = np.arange(300)
+    scores = floors.random_scorer(user_hashes, item_hashes, candidates)(np.arange(200))
+    assert abs(scores.mean() - 0.5) < 0.01
+    assert scores.min() >= 0
+    assert scores.max() < 1
+    assert abs(np.corrcoef(scores[0], scores[1])[0, 1]) < 0.25
+    assert abs(np.corrcoef(scores[:, 0], scores[:, 1])[0, 1]) < 0.25
+    few = floors.random_scorer(floors.id_hashes(["u5"], 7), floors.id_hashes(["i9", "i3"], 7), np.array([1, 0]))
+    np.testing.assert_array_equal(few(np.array([0])), scores[5:6][:, [3, 9]])
+    other = floors.random_scorer(floors.id_hashes(users, 8), floors.id_hashes(items, 8), candidates)(np.arange(200))
+    assert not np.array_equal(other, scores)
+
+
+def test_popularity_is_the_number_of_interactions():
+    scores = floors.popularity_scorer(np.array([5, 0, 9]), np.array([2, 1]))(np.array([0, 1]))
+    np.testing.assert_array_equal(scores, [[9, 0], [9, 0]])
+
+
+def test_text_knn_is_the_cosine_to_the_mean_of_the_history():
+    texts = ["red wine bottle", "white wine bottle", "garden hose", None, "the", "sparkling wine", "green hose reel"]
+    rows = floors.tfidf(texts)
+    history = sparse.csr_array(np.array([[1, 1, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0, 0]], bool))
+    candidates = np.array([6, 5, 4])
+    scores = floors.text_knn_scorer(rows, history, candidates)(np.array([0, 1, 2]))
+    dense = rows.toarray().astype(np.float64)
+    profile = dense[[0, 1]].mean(axis=0)
+    cosine = dense[candidates] @ profile / np.linalg.norm(profile)
+    np.testing.assert_allclose(scores[0], cosine, atol=1e-6)
+    assert scores[0].argmax() == 1  # the wine
+    assert scores[1].argmax() == 0  # the hose
+    assert not scores[2].any()  # nothing is known of what this user likes
+    assert not floors.tfidf([None, ""]).toarray().any()
+
+
+def test_dot_scores_are_minus_infinity_where_a_vector_is_missing():
+    users = np.eye(2, dtype=np.float32)
+    items = np.array([[1, 2], [np.nan, np.nan]], np.float32)
+    scores = floors.dot_scorer(users, items, np.array([4, 5]), np.array([True, False]))(np.array([0, 1]))
+    np.testing.assert_array_equal(scores, [[1, -np.inf], [-np.inf, -np.inf]])

@@ -1,0 +1,97 @@
+"""What any system must beat: random, popularity, and a text kNN without an LLM. Each is a Scorer of ranking_metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from udfs.ranking_metrics import Ints, Scorer
+
+_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+
+
+def id_hashes(ids: Sequence[str], seed: int) -> NDArray[np.uint64]:
+    """[n] uint64: a hash of (seed, id), the same whatever else is in `ids`."""
+    key = seed.to_bytes(8, "little")
+    digests = b"".join(blake2b(i.encode("utf-8", "surrogatepass"), digest_size=8, key=key).digest() for i in ids)
+    return np.frombuffer(digests, np.uint64)
+
+
+def random_scorer(user_hashes: NDArray[np.uint64], item_hashes: NDArray[np.uint64], candidates: Ints) -> Scorer:
+    """Uniform scores in [0, 1), each a function of the hashes (`id_hashes`) of its user [U] and item [I] alone."""
+    items = item_hashes[candidates]
+
+    def scores(users: Ints) -> NDArray[np.float32]:
+        # The finaliser of SplitMix64 (Steele et al. 2014) over the two hashes.
+        bits = user_hashes[users][:, None] ^ items[None, :]
+        for shift, factor in zip((np.uint64(30), np.uint64(27)), _MIX, strict=True):
+            bits ^= bits >> shift
+            bits *= factor
+        bits ^= bits >> np.uint64(31)
+        return (bits >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
+
+    return scores
+
+
+def popularity_scorer(interactions: NDArray[np.int64], candidates: Ints) -> Scorer:
+    """An item's training interactions [I], for every user. Items without any tie, in the task's order of candidates."""
+    row = interactions[candidates].astype(np.float32)
+    return lambda users: np.broadcast_to(row, (len(users), len(row)))
+
+
+def tfidf(texts: Sequence[str | None]) -> sparse.csr_array:
+    """TF-IDF rows [n, terms] float32 of L2 norm 1; a missing or wordless text is a row of zeros.
+
+    Words of one letter and English stop words are left out, as are all but the 50,000 most frequent words.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    words = TfidfVectorizer(stop_words="english", sublinear_tf=True, max_features=50_000, dtype=np.float32)
+    try:
+        return sparse.csr_array(words.fit_transform([text or "" for text in texts]))
+    except ValueError:  # no text holds a word
+        return sparse.csr_array((len(texts), 1), dtype=np.float32)
+
+
+def text_knn_scorer(rows: sparse.csr_array, history: sparse.csr_array, candidates: Ints) -> Scorer:
+    """Cosine of a candidate's text to the user's profile, the mean of its training items' texts.
+
+    Args:
+        rows: [I, terms] float32, as `tfidf` gives them.
+        history: [U, I] of bool, the training pairs.
+    """
+    texts = sparse.csr_array(rows[candidates])
+
+    def scores(users: Ints) -> NDArray[np.float32]:
+        profiles = sparse.csr_array(history[users].astype(np.float32) @ rows).toarray()
+        norms = np.linalg.norm(profiles, axis=1, keepdims=True)
+        profiles /= np.where(norms > 0, norms, 1)
+        # Sparse texts by dense profiles: the cost does not depend on how common the words are.
+        return np.ascontiguousarray((texts @ profiles.T).T, np.float32)
+
+    return scores
+
+
+def dot_scorer(
+    users: NDArray[np.float32], items: NDArray[np.float32], candidates: Ints, user_known: NDArray[np.bool_]
+) -> Scorer:
+    """Inner products of user [U, d] and item vectors [m, d] (one a candidate, NaN rows where there is none).
+
+    Users whose `user_known` [U] is False, and candidates without a vector, score -inf.
+    """
+    absent = np.asarray(np.isnan(items).any(axis=1))
+    vectors = np.where(absent[:, None], 0, items).astype(np.float32)
+    if len(vectors) != len(candidates):
+        raise ValueError(f"{len(vectors)} item vectors for {len(candidates)} candidates")
+
+    def scores(chunk: Ints) -> NDArray[np.float32]:
+        found = users[chunk] @ vectors.T
+        found[:, absent] = -np.inf
+        found[~user_known[chunk]] = -np.inf
+        return found
+
+    return scores

@@ -1,0 +1,79 @@
+"""How interactions are divided into training and test pairs: the papers' `random-item` split, and the temporal one.
+
+Parts are named as in schemas/split.yaml: train, warm_val, warm_test, cold_val, cold_test.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+import numpy as np
+import pandas as pd
+
+PARTS = ("train", "warm_val", "warm_test", "cold_val", "cold_test")
+
+
+def random_item(
+    pairs: pd.DataFrame, seed: int, *, warm_share: float = 0.8, held_out_share: float = 0.1
+) -> pd.DataFrame:
+    """The split of ALDI, ColdLLM, USIM, ColdRec and FilterLLM (arXiv 2502.16924), with a seed of our own.
+
+    Of the shuffled items the first `warm_share` are warm. Their pairs are shuffled and `held_out_share` of them becomes
+    warm_val, as many warm_test, the rest train; a held-out pair whose user or item is not in train moves there. Pairs of
+    cold items with users who are not in train are dropped, and the cold items that are left are cut into halves.
+
+    Args:
+        pairs: columns user_id, item_id; duplicates count once. The order of rows does not matter.
+
+    Returns:
+        user_id, item_id, part; sorted by user and item.
+    """
+    pairs = pairs[["user_id", "item_id"]].drop_duplicates().sort_values(["user_id", "item_id"], ignore_index=True)
+    generator = np.random.Generator(np.random.Philox(seed))
+    items = generator.permutation(np.sort(pairs["item_id"].unique()))
+    warm_items = items[: int(warm_share * len(items))]
+    is_warm = pairs["item_id"].isin(warm_items).to_numpy()
+    part = np.full(len(pairs), "", dtype=object)
+
+    warm = generator.permutation(np.flatnonzero(is_warm))
+    held_out = int(held_out_share * len(warm))
+    part[warm] = "train"
+    part[warm[:held_out]] = "warm_val"
+    part[warm[held_out : 2 * held_out]] = "warm_test"
+    train = pairs[part == "train"]
+    unseen = ~(pairs["user_id"].isin(train["user_id"]) & pairs["item_id"].isin(train["item_id"])).to_numpy()
+    part[is_warm & unseen] = "train"
+
+    known = pairs["user_id"].isin(pairs.loc[part == "train", "user_id"]).to_numpy()
+    cold = ~is_warm & known
+    left = set(pairs.loc[cold, "item_id"])
+    cold_items = [item for item in items[len(warm_items) :] if item in left]
+    in_first_half = pairs["item_id"].isin(cold_items[: len(cold_items) // 2]).to_numpy()
+    part[cold] = np.where(in_first_half[cold], "cold_val", "cold_test")
+    return pairs.assign(part=part)[part != ""].reset_index(drop=True)
+
+
+def temporal(events: pd.DataFrame, at: datetime, horizon_days: int) -> pd.DataFrame:
+    """What was known at `at`, and what happened within `horizon_days` from then.
+
+    An item is cold if nobody had it before `at`. Test pairs are new ones of users who were known then.
+
+    Args:
+        events: columns user_id, item_id, event_time (UTC); an event without a time is taken as past.
+
+    Returns:
+        user_id, item_id, part (train, warm_test or cold_test), one row a pair; sorted by user and item.
+    """
+    times = pd.to_datetime(events["event_time"], utc=True)
+    until = at + timedelta(days=horizon_days)
+
+    def distinct(rows: pd.Series) -> pd.DataFrame:
+        return events.loc[rows, ["user_id", "item_id"]].drop_duplicates()
+
+    train = distinct(times.isna() | (times < at)).assign(part="train")
+    later = distinct((times >= at) & (times < until))
+    later = later[later["user_id"].isin(train["user_id"])]
+    later = later.merge(train, on=["user_id", "item_id"], how="left")
+    later = later[later["part"].isna()]
+    later["part"] = np.where(later["item_id"].isin(train["item_id"]), "warm_test", "cold_test")
+    return pd.concat([train, later]).sort_values(["user_id", "item_id"], ignore_index=True)
