@@ -69,9 +69,11 @@ class Cf(_Section):
     model: Literal["als", "lightgcn", "bpr"] = "als"
     dimension: int = Field(64, ge=2)
     epochs: int = Field(15, ge=1, description="ALS iterations, or epochs of the torch models")
-    regularization: float = Field(0.05, ge=0)
-    alpha: float = Field(40.0, gt=0, description="ALS: confidence is 1 + alpha * weight (Hu et al. 2008)")
+    regularization: float = Field(0.05, gt=0, description="ALS and fold-in: lambda, times a row's number of pairs")
+    alpha: float = Field(40.0, gt=0, description="ALS and fold-in: confidence is 1 + alpha * weight (Hu et al. 2008)")
     learning_rate: float = Field(1e-2, gt=0, description="torch models")
+    weight_decay: float = Field(1e-4, ge=0, description="torch models: L2 of the embeddings of each triple")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="torch models; auto: a GPU if there is one")
     batch_size: int = Field(8192, ge=1, description="torch models")
     layers: int = Field(2, ge=0, description="LightGCN")
     binary: bool = Field(True, description="every pair has weight 1; otherwise log(1 + sum of weights)")
