@@ -1,0 +1,251 @@
+"""The snapshot: what is read, what is rejected and why, and how users and items are numbered and labelled."""
+
+from __future__ import annotations
+
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from deltalake import write_deltalake
+
+from jobs import snapshot
+from jobs.run import Run, open_run
+from jobs.settings import Settings
+from jobs.staging import Staging
+from schemas.errors import ColdRefreshError, ContractError
+
+DAY = date(2026, 3, 1)
+BEFORE, AFTER = datetime(2026, 2, 1, tzinfo=UTC), datetime(2026, 3, 1, tzinfo=UTC)
+
+
+def _events(rows: list[tuple[Any, ...]]) -> pa.Table:
+    user, item, when, weight = zip(*rows, strict=True)
+    return pa.table(
+        {
+            "user_id": pa.array(user, pa.string()),
+            "item_id": pa.array(item, pa.string()),
+            "event_time": pa.array(when, pa.timestamp("us", tz="UTC")),
+            "weight": pa.array(weight, pa.float64()),
+        }
+    )
+
+
+def _items(rows: list[tuple[Any, ...]]) -> pa.Table:
+    item, title, text, created = zip(*rows, strict=True)
+    return pa.table(
+        {
+            "item_id": pa.array(item, pa.string()),
+            "title": pa.array(title, pa.string()),
+            "text": pa.array(text, pa.string()),
+            "created_at": pa.array(created, pa.timestamp("us", tz="UTC")),
+        }
+    )
+
+
+GOOD_EVENTS = [("u2", "b", BEFORE, 1.0), ("u1", "a", BEFORE, 2.0), ("u1", "b", BEFORE, 1.0)]
+GOOD_ITEMS = [("b", "B", "about b", None), ("a", "A", None, None), ("new", "New", "", BEFORE)]
+
+
+def _run(lake: Path, **sections: Any) -> Run:
+    return open_run(Settings.model_validate({"lake": str(lake), **sections}), DAY)
+
+
+def _snapshot(run: Run) -> tuple[dict[str, Any], Staging]:
+    out = run.staging("snapshot")
+    facts = snapshot.run(run, out)
+    return facts, out
+
+
+def _lake(folder: Path, events: list[tuple[Any, ...]], items: list[tuple[Any, ...]]) -> Path:
+    write_deltalake(str(folder / "interactions"), _events(events))
+    write_deltalake(str(folder / "items"), _items(items))
+    return folder
+
+
+def _reasons(out: Staging) -> dict[tuple[str, str | None], tuple[str, int]]:
+    return {(r["table"], r["key"]): (r["reason"], r["rows"]) for r in out.read("rejected_rows").to_pylist()}
+
+
+def test_rows_are_numbered_labelled_and_summed(spark: Any, tmp_path: Path) -> None:
+    again = ("u1", "a", datetime(2026, 2, 2, tzinfo=UTC), 3.0)
+    facts, out = _snapshot(_run(_lake(tmp_path, [*GOOD_EVENTS, again], GOOD_ITEMS)))
+    users = out.read("users").sort_by("user_idx").to_pylist()
+    assert [(u["user_id"], u["user_idx"], u["interactions"]) for u in users] == [("u1", 0, 2), ("u2", 1, 1)]
+    items = out.read("items_labelled").sort_by("item_idx").to_pylist()
+    assert [(i["item_id"], i["label"], i["interactions"], i["content"]) for i in items] == [
+        ("a", "warm", 1, "A"),
+        ("b", "warm", 2, "B\nabout b"),
+        ("new", "cold", 0, "New"),
+    ]
+    pairs = {(p["user_id"], p["item_id"]): p for p in out.read("training_interactions").to_pylist()}
+    assert (pairs["u1", "a"]["weight"], pairs["u1", "a"]["events"]) == (5.0, 2)
+    assert pairs["u1", "a"]["last_time"] == datetime(2026, 2, 2, tzinfo=UTC)
+    assert (facts["rows_in"], facts["rows_used"]) == ({"interactions": 4, "items": 3},) * 2
+    assert (facts["warm"], facts["cold"], facts["pairs"], facts["users"]) == (2, 1, 3, 2)
+
+
+def test_every_rejected_row_has_a_reason_and_counts_reconcile(spark: Any, tmp_path: Path) -> None:
+    bad_events = [
+        (None, "a", BEFORE, 1.0),
+        ("u1", "", BEFORE, 1.0),
+        ("u1", "a", BEFORE, 2.0),  # a copy
+        ("u1", "gone", BEFORE, 1.0),
+        ("u2", "gone", BEFORE, 1.0),
+        ("u2", "a", AFTER, 1.0),
+        ("u3", "a", BEFORE, -1.0),
+        ("u4", "a", BEFORE, float("nan")),
+    ]
+    bad_items = [
+        (None, "no id", None, None),
+        ("a", "Another A", None, None),
+        ("empty", " ", "", None),
+        ("future", "Later", None, AFTER),
+        ("long", "x" * 10_000_000, None, None),
+    ]
+    lake = _lake(tmp_path, [*GOOD_EVENTS * 10, *bad_events], [*GOOD_ITEMS, *bad_items])
+    facts, out = _snapshot(_run(lake, gates={"rejected_share": 1.0}))
+    reasons = _reasons(out)
+    assert reasons["interactions", "(null) a"] == ("null_id", 1)
+    assert reasons["interactions", "u1 "] == ("null_id", 1)
+    assert reasons["interactions", "u1 a"] == ("duplicate", 10)
+    assert reasons["interactions", "gone"] == ("unknown_item", 2)
+    assert reasons["interactions", None] == ("after_run_date", 1)
+    assert reasons["interactions", "u3 a"] == reasons["interactions", "u4 a"] == ("bad_weight", 1)
+    assert reasons["items", "a"] == ("duplicate", 1)
+    assert reasons["items", "empty"] == ("no_text", 1)
+    assert reasons["items", "long"] == ("text_too_long", 1)
+    for name in ("interactions", "items"):
+        assert facts["rows_in"][name] == facts["rows_used"][name] + facts["rows_rejected"][name]
+
+
+def test_broken_utf8_is_rejected(spark: Any, tmp_path: Path) -> None:
+    lake = _lake(tmp_path, GOOD_EVENTS, GOOD_ITEMS)
+    # Spark writes the bytes it is given, as a careless upstream job would.
+    columns = "'broken' as item_id, cast(X'436166e9' as string) as title, 'latin-1' as text, cast(null as timestamp) as created_at"
+    spark.sql(f"select {columns}").write.format("delta").mode("append").save(str(lake / "items"))
+    _, out = _snapshot(_run(lake))
+    assert _reasons(out)["items", "broken"] == ("invalid_utf8", 1)
+
+
+def test_the_result_does_not_depend_on_the_order_of_rows(spark: Any, tmp_path: Path) -> None:
+    items = [*GOOD_ITEMS, ("a", "Another A", None, None)]
+    one, _ = _snapshot(_run(_lake(tmp_path / "one", GOOD_EVENTS, items)))
+    two, _ = _snapshot(_run(_lake(tmp_path / "two", GOOD_EVENTS[::-1], items[::-1])))
+    assert (one["training_digest"], one["items_digest"]) == (two["training_digest"], two["items_digest"])
+    other = [("u1", "a", BEFORE, 2.5), *GOOD_EVENTS[::2]]
+    three, _ = _snapshot(_run(_lake(tmp_path / "three", other, items)))
+    assert three["training_digest"] != one["training_digest"]
+
+
+def test_k_core_is_applied_until_nothing_changes(spark: Any, tmp_path: Path) -> None:
+    core = [(u, i, BEFORE, 1.0) for u in ("u1", "u2") for i in ("a", "b")]
+    tail = [("u3", "new", BEFORE, 1.0), ("u3", "a", BEFORE, 1.0)]  # new has one user; without it u3 has one item
+    facts, out = _snapshot(
+        _run(_lake(tmp_path, core + tail, GOOD_ITEMS), snapshot={"k_core_users": 2, "k_core_items": 2})
+    )
+    assert {p["user_id"] for p in out.read("training_interactions").to_pylist()} == {"u1", "u2"}
+    assert facts["rejected_reasons"] == {"interactions.k_core": 2}
+    assert facts["cold"] == 1
+
+
+def test_a_given_split_holds_its_other_parts_out(spark: Any, tmp_path: Path) -> None:
+    lake = _lake(tmp_path, GOOD_EVENTS, GOOD_ITEMS)
+    parts = [("u2", "b", "warm_test"), ("u1", "a", "train"), ("u1", "b", "train")]
+    user, item, part = zip(*parts, strict=True)
+    write_deltalake(str(lake / "split"), pa.table({"user_id": list(user), "item_id": list(item), "part": list(part)}))
+    facts, out = _snapshot(_run(lake, snapshot={"split": {"table": "split", "train": ["train"]}}))
+    assert {(p["user_id"], p["item_id"]) for p in out.read("training_interactions").to_pylist()} == {
+        ("u1", "a"),
+        ("u1", "b"),
+    }
+    assert facts["rejected_reasons"] == {"interactions.held_out": 1}
+
+
+def test_columns_can_be_mapped_and_ids_may_be_numbers(spark: Any, tmp_path: Path) -> None:
+    write_deltalake(str(tmp_path / "clicks"), pa.table({"customer": [7, 8], "sku": [1, 1], "note": ["x", "y"]}))
+    write_deltalake(str(tmp_path / "products"), pa.table({"sku": [1, 2], "name": ["one", "two"]}))
+    inputs = {
+        "interactions": {"table": "clicks", "columns": {"user_id": "customer", "item_id": "sku"}},
+        "items": {"table": "products", "columns": {"item_id": "sku", "title": "name"}},
+    }
+    facts, out = _snapshot(_run(tmp_path, inputs=inputs))
+    assert [u["user_id"] for u in out.read("users").sort_by("user_idx").to_pylist()] == ["7", "8"]
+    assert (facts["warm"], facts["cold"]) == (1, 1)
+
+
+def test_deleted_rows_never_come_back(spark: Any, tmp_path: Path) -> None:
+    """Deletion vectors, column mapping and clustering: features that only Spark reads right."""
+    _lake(tmp_path, GOOD_EVENTS, GOOD_ITEMS)
+    features = "'delta.enableDeletionVectors'='true', 'delta.columnMapping.mode'='name'"
+    path = tmp_path / "modern"
+    spark.sql(
+        f"create table delta.`{path}` (user_id string, item_id string, event_time timestamp) using delta "
+        f"cluster by (user_id) tblproperties ({features})"
+    )
+    rows = ", ".join(f"('u{u}', '{i}', timestamp '2026-02-01')" for u in range(40) for i in ("a", "b"))
+    spark.sql(f"insert into delta.`{path}` values {rows}")
+    spark.sql(f"alter table delta.`{path}` rename column event_time to happened_at")
+    spark.sql(f"delete from delta.`{path}` where user_id = 'u7'")
+    assert list(path.rglob("deletion_vector*")), (
+        "the delete rewrote its file: this table has no deletion vector to test"
+    )
+    interactions = {"table": str(path), "columns": {"event_time": "happened_at"}}
+    facts, out = _snapshot(_run(tmp_path, inputs={"interactions": interactions}))
+    users = {u["user_id"] for u in out.read("users").to_pylist()}
+    assert users == {f"u{u}" for u in range(40)} - {"u7"}
+    assert facts["rows_in"]["interactions"] == 78
+    times = {p["last_time"] for p in out.read("training_interactions").to_pylist()}
+    assert times == {BEFORE}
+
+
+def test_a_run_goes_on_with_the_versions_it_pinned(spark: Any, tmp_path: Path) -> None:
+    lake = _lake(tmp_path, GOOD_EVENTS, GOOD_ITEMS)
+    first = _run(lake)
+    write_deltalake(str(lake / "interactions"), _events([("u9", "a", BEFORE, 1.0)]), mode="append")
+    again = _run(lake)
+    assert again == first
+    facts, _ = _snapshot(again)
+    assert facts["rows_in"]["interactions"] == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inputs": {"items": {"table": "nothing"}}}, "no Delta table 'nothing'"),
+        ({"inputs": {"items": {"table": "items", "columns": {"title": "nome"}}}}, "no column 'nome'"),
+        ({"inputs": {"interactions": {"table": "interactions", "columns": {"event_time": "weight"}}}}, "is double"),
+        ({"inputs": {"interactions": {"table": "none"}}}, "is empty"),
+        ({"text": {"prompt": "{brand}"}}, "names {brand}"),
+        ({"text": {"prompt": "the same for all"}}, "names no field"),
+    ],
+)
+def test_inputs_that_cannot_be_used_are_named(spark: Any, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    lake = _lake(tmp_path, GOOD_EVENTS, GOOD_ITEMS)
+    write_deltalake(str(lake / "none"), _events(GOOD_EVENTS).slice(0, 0))
+    with pytest.raises(ColdRefreshError, match=message):
+        _snapshot(_run(lake, **change))
+
+
+def test_no_cold_items_is_a_good_night_and_no_warm_items_is_not(spark: Any, tmp_path: Path) -> None:
+    facts, _ = _snapshot(_run(_lake(tmp_path / "all-warm", GOOD_EVENTS, GOOD_ITEMS[:2])))
+    assert facts["cold"] == 0
+    with pytest.raises(ColdRefreshError, match="warm"):
+        _snapshot(_run(_lake(tmp_path / "all-cold", GOOD_EVENTS, GOOD_ITEMS), snapshot={"warm_interactions": 50}))
+
+
+def test_a_run_id_cannot_leave_the_lake(tmp_path: Path) -> None:
+    settings = Settings.model_validate({"lake": str(tmp_path)})
+    with pytest.raises(ColdRefreshError, match="not of the form"):
+        Run(settings, DAY, "../../etc", 1, {}, "")
+
+
+def test_an_unreadable_version_is_named(spark: Any, tmp_path: Path) -> None:
+    lake = _lake(tmp_path, GOOD_EVENTS, GOOD_ITEMS)
+    from jobs.lake import Lake, LakeError
+
+    with pytest.raises(LakeError, match="version 99"):
+        Lake(str(lake)).table("items", 99)
+    assert issubclass(LakeError, ColdRefreshError)
+    assert issubclass(ContractError, ColdRefreshError)
