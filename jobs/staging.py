@@ -17,7 +17,7 @@ from pyarrow import fs
 
 from schemas.errors import ColdRefreshError
 
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 
 
 class StagingError(ColdRefreshError):
@@ -61,7 +61,7 @@ class Staging:
         facts = {}
         for info in sorted(listing, key=lambda i: i.path):
             name = info.path[len(root) + 1 :]
-            if info.type != fs.FileType.File or name == _MANIFEST or info.base_name.startswith(("_SUCCESS", ".")):
+            if info.type != fs.FileType.File or name == MANIFEST or info.base_name.startswith(("_SUCCESS", ".")):
                 continue
             digest = hashlib.sha256()
             with filesystem.open_input_stream(info.path) as stream:
@@ -77,17 +77,17 @@ class Staging:
         body = json.dumps({"facts": facts, "files": self._files()}, indent=1, sort_keys=True, default=str).encode()
         filesystem, root = self._open()
         # Object stores write a file whole; a local file is moved into its name, so that a kill leaves all or nothing.
-        self.write_bytes(_MANIFEST + ".part", body)
-        filesystem.move(f"{root}/{_MANIFEST}.part", f"{root}/{_MANIFEST}")
+        self.write_bytes(MANIFEST + ".part", body)
+        filesystem.move(f"{root}/{MANIFEST}.part", f"{root}/{MANIFEST}")
 
     def is_complete(self) -> bool:
         filesystem, root = self._open()
-        return filesystem.get_file_info(f"{root}/{_MANIFEST}").type == fs.FileType.File
+        return filesystem.get_file_info(f"{root}/{MANIFEST}").type == fs.FileType.File
 
     def _manifest(self) -> dict[str, Any]:
         if not self.is_complete():
             raise StagingError(f"{self.uri} is not complete: its stage has not run (or was killed); run it first")
-        return json.loads(self.read_bytes(_MANIFEST))
+        return json.loads(self.read_bytes(MANIFEST))
 
     def facts(self) -> dict[str, Any]:
         """What the stage said of itself.

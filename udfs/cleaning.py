@@ -32,7 +32,7 @@ REASONS = {
 }
 
 # Reasons that hold for rows by the million on a good day are counted in one row, not listed.
-_COUNTED = ("after_run_date", "before_window", "held_out", "k_core")
+SET_ASIDE = ("after_run_date", "before_window", "held_out", "k_core")
 
 
 def _rejects(
@@ -40,7 +40,7 @@ def _rejects(
 ) -> DataFrame:
     from pyspark.sql import functions as F
 
-    counted = reason.isin(*_COUNTED)
+    counted = reason.isin(*SET_ASIDE)
     facts = frame.select(
         F.lit(table).alias("table"),
         F.make_valid_utf8(F.when(~counted, key)).alias("key"),
