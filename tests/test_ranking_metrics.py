@@ -1,4 +1,4 @@
-"""udfs/ranking_metrics.py and udfs/floors.py against a plain float64 reference."""
+"""udfs/ranking_metrics.py, udfs/floors.py and udfs/scorers.py against a plain float64 reference."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from udfs import floors
+from udfs import floors, scorers
 from udfs.ranking_metrics import bootstrap, per_user, task, top_k
 
 
@@ -145,5 +145,31 @@ def test_text_knn_is_the_cosine_to_the_mean_of_the_history():
 def test_dot_scores_are_minus_infinity_where_a_vector_is_missing():
     users = np.eye(2, dtype=np.float32)
     items = np.array([[1, 2], [np.nan, np.nan]], np.float32)
-    scores = floors.dot_scorer(users, items, np.array([4, 5]), np.array([True, False]))(np.array([0, 1]))
+    scores = scorers.dot_scorer(users, items, np.array([4, 5]), np.array([True, False]))(np.array([0, 1]))
     np.testing.assert_array_equal(scores, [[1, -np.inf], [-np.inf, -np.inf]])
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_distribution_is_a_softmax_over_the_known_users(normalize):
+    rng = np.random.default_rng(4)
+    queries, keys = rng.normal(size=(6, 5)).astype(np.float32), rng.normal(size=(9, 5)).astype(np.float32)
+    bias, known = rng.normal(size=9).astype(np.float32), np.array([1, 1, 0, 1, 1, 1, 0, 1, 1], bool)
+    queries[4] = np.nan
+    scores = scorers.distribution_scorer(queries, keys, bias, np.arange(6), known, normalize)(np.arange(9))
+    logits = (queries.astype(np.float64) @ keys.T.astype(np.float64) + bias).T
+    if normalize:
+        logits -= np.log(np.exp(logits[known]).sum(axis=0))
+        np.testing.assert_allclose(np.exp(scores[known][:, [0, 1, 2, 3, 5]]).sum(axis=0), 1, rtol=1e-5)
+    keep = [0, 1, 2, 3, 5]
+    np.testing.assert_allclose(scores[known][:, keep], logits[known][:, keep], rtol=1e-4, atol=1e-5)
+    assert np.isneginf(scores[~known]).all()
+    assert np.isneginf(scores[:, 4]).all()
+
+
+def test_log_sum_exp_is_the_same_for_any_tile_and_does_not_overflow():
+    rng = np.random.default_rng(5)
+    queries, keys = 60 * rng.normal(size=(4, 3)).astype(np.float32), rng.normal(size=(50, 3)).astype(np.float32)
+    bias = np.zeros(50, np.float32)
+    exact = np.logaddexp.reduce(queries.astype(np.float64) @ keys.T.astype(np.float64), axis=1)
+    for tile in (1, 12, 10**6):
+        np.testing.assert_allclose(scorers.log_sum_exp(queries, keys, bias, tile), exact, rtol=1e-6)

@@ -74,24 +74,3 @@ def text_knn_scorer(rows: sparse.csr_array, history: sparse.csr_array, candidate
         return np.ascontiguousarray((texts @ profiles.T).T, np.float32)
 
     return scores
-
-
-def dot_scorer(
-    users: NDArray[np.float32], items: NDArray[np.float32], candidates: Ints, user_known: NDArray[np.bool_]
-) -> Scorer:
-    """Inner products of user [U, d] and item vectors [m, d] (one a candidate, NaN rows where there is none).
-
-    Users whose `user_known` [U] is False, and candidates without a vector, score -inf.
-    """
-    absent = np.asarray(np.isnan(items).any(axis=1))
-    vectors = np.where(absent[:, None], 0, items).astype(np.float32)
-    if len(vectors) != len(candidates):
-        raise ValueError(f"{len(vectors)} item vectors for {len(candidates)} candidates")
-
-    def scores(chunk: Ints) -> NDArray[np.float32]:
-        found = users[chunk] @ vectors.T
-        found[:, absent] = -np.inf
-        found[~user_known[chunk]] = -np.inf
-        return found
-
-    return scores

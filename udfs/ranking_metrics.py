@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -125,11 +126,11 @@ def per_user(scorer: Scorer, task: Task, ks: Sequence[int], chunk_scores: int = 
     true = np.diff(task.truth.indptr).astype(np.int64)
     discount = 1.0 / np.log2(np.arange(2, max(ks) + 2))
     ideal = np.concatenate([[0.0], np.cumsum(discount)])
-    values: dict[str, np.ndarray] = {}
+    values: dict[str, Any] = {}
     for k in ks:
         first = hits[:, :k]
-        gain = np.asarray(first.astype(np.float64) @ discount[: first.shape[1]])
-        values[f"ndcg@{k}"] = np.asarray(gain / ideal[np.minimum(k, true)])
+        gain = first.astype(np.float64) @ discount[: first.shape[1]]
+        values[f"ndcg@{k}"] = np.divide(gain, ideal[np.minimum(k, true)])
         values[f"recall@{k}"] = np.asarray(first.sum(axis=1) / true)
         values[f"hit@{k}"] = first.any(axis=1).astype(np.float64)
     return values

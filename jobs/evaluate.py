@@ -1,0 +1,224 @@
+"""Recall, NDCG and hit rate at K of what a run published, beside the floors.
+
+    python -m jobs.evaluate --conf conf/demo.yaml --run-date 2017-11-01
+
+As a stage it measures with the truth that the run's pinned tables hold. As a command it measures a published date again,
+with what has become known since, and replaces that run's rows in `metrics`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from datetime import date
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jobs import cli, truth
+from jobs.run import Run, execute, log, parse_run_date
+from jobs.settings import Settings
+from jobs.staging import Staging
+from jobs.truth import Catalog, Truth
+from schemas.errors import ColdRefreshError
+from schemas.table import table as schema
+from udfs import floors
+from udfs.ranking_metrics import Scorer, Task, bootstrap, per_user
+from udfs.scorers import distribution_scorer, dot_scorer
+from udfs.vectors import Matrix, from_column
+
+#: The order in which systems are shown: ours, then the floors.
+SYSTEMS = ("published", "distribution", "text_knn", "popularity", "random")
+
+
+class NotPublished(ColdRefreshError):
+    """There is nothing to evaluate: the message names the date and the remedy."""
+
+
+def run(run: Run, out: Staging) -> dict[str, Any]:
+    """Commits the run's `metrics`, or says why there are none; never fails for want of truth.
+
+    Returns:
+        truth (what was compared with), metrics (how many rows), summary ({split: {system: {metric: value}}}), note if
+        nothing was measured, output_versions if something was.
+    """
+    catalog = truth.catalog(run)
+    return _evaluate(run, catalog, truth.read(run, catalog), f"metrics/{run.run_id}", 0)
+
+
+def _evaluate(run: Run, catalog: Catalog, found: Truth, app: str, sequence: int) -> dict[str, Any]:
+    facts: dict[str, Any] = {"truth": found.facts, "metrics": 0, "summary": {}}
+    if not found.tasks:
+        log(f"[evaluate] {found.facts['note']}")
+        return {**facts, "note": found.facts["note"]}
+    rows = measure(run, catalog, found)
+    for row in rows:
+        systems = facts["summary"].setdefault(row["split"], {})
+        systems.setdefault(row["system"], {})[row["metric"]] = round(row["value"], 4)
+    table = pa.Table.from_pylist(rows, schema("metrics").arrow_schema)
+    version = run.lake.commit(
+        "metrics",
+        table,
+        app=app,
+        sequence=sequence,
+        replace={"refresh_date": run.run_date, "run_id": run.run_id},
+        lineage={"run_id": run.run_id, "truth": found.facts},
+    )
+    return {**facts, "metrics": len(rows), "output_versions": {"metrics": version}}
+
+
+def measure(run: Run, catalog: Catalog, found: Truth) -> list[dict[str, Any]]:
+    """Rows of schemas/metrics.yaml for every split of the truth and every system that is defined there."""
+    settings = run.settings.evaluate
+    systems = _Systems(run, catalog)
+    rows = []
+    for split, task in found.tasks.items():
+        for system, scorer in systems.of(split, task):
+            values = per_user(scorer, task, settings.k)
+            interval = bootstrap(np.stack(list(values.values()), axis=1), settings.bootstrap, run.settings.seed)
+            for column, (metric, of_users) in enumerate(values.items()):
+                rows.append(
+                    {
+                        "refresh_date": run.run_date,
+                        "run_id": run.run_id,
+                        "split": split,
+                        "system": system,
+                        "metric": metric,
+                        "value": float(of_users.mean()),
+                        "n": len(of_users),
+                        "low": float(interval[0][column]) if interval else None,
+                        "high": float(interval[1][column]) if interval else None,
+                    }
+                )
+            first = f"ndcg@{settings.k[0]}"
+            log(f"[evaluate] {split:8} {system:13} {first} {values[first].mean():.4f} ({len(task.users)} users)")
+    return rows
+
+
+class _Systems:
+    """What is measured: reads and prepares each system once, and gives its scorer for any task."""
+
+    def __init__(self, run: Run, catalog: Catalog) -> None:
+        self.run, self.catalog = run, catalog
+        facts = run.recorded()
+        if "publish" not in facts:
+            raise NotPublished(f"run {run.run_id} of {run.run_date} has published nothing: run its stage publish first")
+        self.facts = facts
+        self.users, self.users_known = self._published("user_embeddings", "user_id", catalog.user_ids)
+        self.items, self.items_known = self._published("item_embeddings", "item_id", catalog.item_ids)
+        if self.users.shape[1] != self.items.shape[1]:
+            raise ColdRefreshError(
+                f"run {run.run_id}: user_embeddings have {self.users.shape[1]} dimensions and item_embeddings "
+                f"{self.items.shape[1]}; they are not of one space"
+            )
+        self.texts = floors.tfidf(catalog.texts)
+        seed = run.settings.seed
+        self.user_hashes = floors.id_hashes(catalog.user_ids, seed)
+        self.item_hashes = floors.id_hashes(catalog.item_ids, seed + 1)
+
+    def of(self, split: str, task: Task) -> Iterator[tuple[str, Scorer]]:
+        """(name, scorer) of the systems that are defined in this split."""
+        c, candidates = self.catalog, task.candidates
+        vectors = np.where(self.items_known[candidates, None], self.items[candidates], np.float32(np.nan))
+        yield "published", dot_scorer(self.users, vectors, candidates, self.users_known)
+        if split == "cold" and self.facts.get("filterllm_train", {}).get("model_version"):
+            yield "distribution", self._distribution(task)
+        yield "text_knn", floors.text_knn_scorer(self.texts, c.history, candidates)
+        yield "popularity", floors.popularity_scorer(c.interactions, candidates)
+        yield "random", floors.random_scorer(self.user_hashes, self.item_hashes, candidates)
+
+    def _published(self, name: str, key: str, ids: list[str]) -> tuple[Matrix, np.ndarray]:
+        """The vectors [n, d] of `ids` as readers see them, zeros where there is none, and which there are [n]."""
+        version = self.facts["publish"]["output_versions"][name]
+        columns = [key, "embedding", "run_id"]
+        table = self.run.lake.read(name, columns=columns, version=version, refresh_date=self.run.run_date)
+        table = table.filter(pc.equal(table["run_id"], self.run.run_id))
+        vectors = from_column(table["embedding"])
+        at, known = _positions(ids, table[key])
+        found = np.zeros((len(ids), vectors.shape[1]), np.float32)
+        found[known] = vectors[at[known]]
+        return found, known
+
+    def _distribution(self, task: Task) -> Scorer:
+        """log p(u | c) of the run's model; the raw logit if evaluate.normalize_by_item is false."""
+        from jobs import text_embeddings
+        from udfs import filterllm
+
+        artifact = self.run.artifact("models", self.facts["filterllm_train"]["model_version"])
+        model = filterllm.load({name: artifact.read_bytes(name) for name in ("model.safetensors", "config.json")})
+        keys, bias = model.keys()
+        at, known = _positions(self.catalog.user_ids, artifact.read("users")["user_id"])
+        with_text = [i for i, item in enumerate(task.candidates) if self.catalog.text_sha256[item]]
+        shas = [str(self.catalog.text_sha256[item]) for item in task.candidates[with_text]]
+        queries = np.full((len(task.candidates), keys.shape[1]), np.nan, np.float32)
+        if shas:
+            hidden = text_embeddings.load(self.run, shas, self.facts["text_embeddings"]["model_version"])
+            queries[with_text] = model.queries(hidden)
+        return distribution_scorer(
+            queries,
+            np.where(known[:, None], keys[at], 0),
+            None if bias is None else np.where(known, bias[at], 0),
+            task.candidates,
+            known,
+            self.run.settings.evaluate.normalize_by_item,
+        )
+
+
+def _positions(ids: list[str], among: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each id is in `among` (0 where it is not), and whether it is there."""
+    found = pc.index_in(pa.array(ids, pa.string()), among.combine_chunks())
+    return pc.fill_null(found, 0).to_numpy(zero_copy_only=False).astype(np.int64), pc.is_valid(found).to_numpy(
+        zero_copy_only=False
+    )
+
+
+def again(settings: Settings, run_date: date) -> dict[str, Any]:
+    """Evaluate what `run_date` published with the truth as the tables are now.
+
+    Raises:
+        NotPublished: no run of that date has published.
+    """
+    run = published_run(settings, run_date)
+    # Its staged files may have been removed: the snapshot is made again from the versions that the run pinned.
+    from jobs import snapshot
+
+    execute(run, "snapshot", snapshot.run)
+    catalog = truth.catalog(run)
+    found = truth.read(run, catalog, run.lake.version(settings.inputs.interactions.table))
+    app = f"metrics/{run.run_id}/again"
+    before = run.lake.table("metrics").transaction_version(app) if run.lake.exists("metrics") else None
+    facts = _evaluate(run, catalog, found, app, 0 if before is None else before + 1)
+    return {"run_id": run.run_id, "run_date": run_date.isoformat(), **facts}
+
+
+def published_run(settings: Settings, run_date: date) -> Run:
+    """The latest run of `run_date` that published, with the given settings."""
+    from jobs.lake import Lake
+
+    rows = Lake(settings.lake, settings.storage_options).read("runs", refresh_date=run_date).to_pylist()
+    latest = max((r for r in rows if r["stage"] == "publish"), key=lambda r: r["sequence"], default=None)
+    if latest is None:
+        raise NotPublished(
+            f"no run of {run_date} has published in {settings.lake}: run jobs/cold_refresh.py for that date first"
+        )
+    if latest["conf_hash"] != settings.digest():
+        log(
+            f"note: run {latest['run_id']} was made with other settings than these; its own data is evaluated with these"
+        )
+    pinned = json.loads(latest["input_versions"])
+    return Run(settings, run_date, latest["run_id"], latest["sequence"], pinned, latest["conf_hash"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.parser(__doc__)
+    cli.add_settings(parser)
+    parser.add_argument("--run-date", required=True, help="YYYY-MM-DD: a published date")
+    args = parser.parse_args(argv)
+    return cli.main(lambda: again(cli.settings(args), parse_run_date(args.run_date)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
