@@ -12,12 +12,14 @@ from typing import Any
 
 import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
-from deltalake.exceptions import CommitFailedError, TableNotFoundError
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
 from schemas.errors import ColdRefreshError
 from schemas.table import table as schema
 
 _ATTEMPTS = 5
+# Of tables that another engine made. The last one delta-rs writes, but readers would then find nulls.
+_UNWRITABLE = {"clustering", "rowTracking", "identityColumns", "inCommitTimestamp", "columnMapping"}
 
 
 class LakeError(ColdRefreshError):
@@ -120,6 +122,12 @@ class Lake:
             done = delta.transaction_version(app)
             if done is not None and done >= sequence:
                 return delta.version()
+            features = sorted(_UNWRITABLE & set(delta.protocol().writer_features or []))
+            if features:
+                raise LakeError(
+                    f"table '{name}' at {self.path(name)} has features that delta-rs cannot write: {features}. The "
+                    "project's own tables are plain: move this one away, or name another lake, and run again"
+                )
             mode, predicate = "append", None
             if replace:
                 mode, predicate = "overwrite", " AND ".join(f"{k} = '{v}'" for k, v in replace.items())
@@ -131,4 +139,6 @@ class Lake:
                 return delta.version()
             except CommitFailedError:
                 continue
+            except DeltaError as error:
+                raise LakeError(f"table '{name}' at {self.path(name)} cannot be written: {error}") from error
         raise LakeError(f"table '{name}': other writers won {_ATTEMPTS} times; run again")

@@ -1,0 +1,255 @@
+"""Stage `gates`: Great Expectations on what is staged; a failed gate publishes nothing.
+
+The rules stand in schemas/*.yaml. Here the frames that they are about are derived, and the values of the run that they name
+are collected. `check_inputs` is the same for the tables of the snapshot, before any compute is spent on them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jobs.expectations import GateError, View, check
+from jobs.run import OUTPUTS, Run, log
+from jobs.staging import MANIFEST, Staging
+from schemas.errors import ContractError
+from schemas.table import table as schema
+from udfs import gate_views
+from udfs.cleaning import SET_ASIDE
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["GateError", "check_inputs", "refresh_digest", "run"]
+
+_LINEAGE = ["refresh_date", "run_id", "model_version", "space_version"]
+
+
+def _staged(stage: Staging, name: str, columns: list[str] | None = None) -> pa.Table:
+    """A staged table in its contract's types; nulls are left to the expectations.
+
+    Raises:
+        ContractError: a column is missing or of another type.
+    """
+    table, contract = stage.read(name, columns), schema(name)
+    wanted = columns or [c.name for c in contract.columns]
+    absent = [column for column in wanted if column not in table.column_names]
+    if absent:
+        raise ContractError(f"staged table {stage.path(name)} lacks columns {absent}; it has {table.column_names}")
+    try:
+        return table.select(wanted).cast(pa.schema([pa.field(c, contract.column(c).arrow_type) for c in wanted]))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise ContractError(f"staged table {stage.path(name)} does not fit schemas/{name}.yaml: {error}") from error
+
+
+def _labels(items: pa.Table) -> pd.DataFrame:
+    cold = pc.equal(items["label"], "cold")
+    counts = {"items": items.num_rows, "warm": pc.sum(pc.equal(items["label"], "warm")), "cold": pc.sum(cold)}
+    return pa.table({k: [v if isinstance(v, int) else v.as_py() or 0] for k, v in counts.items()}).to_pandas()
+
+
+def _input_counts(facts: dict[str, Any], rejected: pa.Table, staged: dict[str, int]) -> pd.DataFrame:
+    """One row an input table: its rows in, used and rejected, and what is left over by each way of counting."""
+    aside = pc.is_in(rejected["reason"], value_set=pa.array(SET_ASIDE))
+    rows = []
+    for name, rows_in in facts["rows_in"].items():
+        mine = pc.fill_null(pc.equal(rejected["table"], name), False)
+        recorded = pc.sum(rejected.filter(mine)["rows"]).as_py() or 0
+        set_aside = pc.sum(rejected.filter(pc.and_(mine, aside))["rows"]).as_py() or 0
+        used, refused = facts["rows_used"][name], facts["rows_rejected"][name]
+        rows.append(
+            {
+                "table": name,
+                "rows_in": rows_in,
+                "unaccounted": rows_in - used - refused,
+                "unrecorded": refused - recorded,
+                "unstaged": used - staged[name],
+                # What lies outside the run's dates, split or k-core is no sign of bad data.
+                "bad_share": (recorded - set_aside) / max(rows_in - set_aside, 1),
+            }
+        )
+    return pa.Table.from_pylist(rows).to_pandas()
+
+
+def check_inputs(run: Run, out: Staging, facts: dict[str, Any]) -> dict[str, Any]:
+    """The gate of the inputs, at the end of stage snapshot, on the tables that it left in `out` and on its facts.
+
+    Args:
+        facts: rows_in, rows_used, rows_rejected: input table -> rows.
+
+    Returns:
+        expectations, succeeded, data_docs.
+
+    Raises:
+        GateError: rows are unaccounted for, too many are bad, there is no warm item or no user, an id is null, ...
+    """
+    users, items = _staged(out, "users"), _staged(out, "items_labelled")
+    pairs = _staged(out, "training_interactions")
+    rejected = _staged(out, "rejected_rows", ["table", "key", "reason", "detail", "rows"])
+    staged = {"interactions": pc.sum(pairs["events"]).as_py() or 0, "items": items.num_rows}
+    by_item = gate_views.training_by_item(pairs, items["item_id"], users["user_id"])
+    reasons = gate_views.lineage(rejected, ["table", "reason"])
+    item_rows = items.select(["item_id", "item_idx", "label", "interactions"])
+    views = [
+        View("training_interactions", "items", by_item, ("item_id",)),
+        View("users", "rows", users.to_pandas(), ("user_id",)),
+        View("items_labelled", "rows", item_rows.to_pandas(), ("item_id",)),
+        View("items_labelled", "labels", _labels(items), ("items",)),
+        View("rejected_rows", "inputs", _input_counts(facts, rejected, staged), ("table", "rows_in")),
+        View("rejected_rows", "reasons", reasons, ("table", "reason")),
+    ]
+    parameters = {
+        "rejected_share": run.settings.gates.rejected_share,
+        "input_tables": sorted(facts["rows_in"]),
+        "n_inputs": len(facts["rows_in"]),
+        "last_user": users.num_rows - 1,
+        "last_item": items.num_rows - 1,
+    }
+    return check(
+        views,
+        parameters,
+        out,
+        name=f"{run.run_id}-inputs",
+        at=run.midnight,
+        consequence="Nothing was computed from these inputs and nothing is published. Mend the input tables (rejected "
+        f"rows with their reasons: {out.path('rejected_rows')}) or the settings named above, and run again.",
+    )
+
+
+def refresh_digest(run: Run) -> str:
+    """Hash of the manifest of stage refresh: which staged tables a gate has seen."""
+    return hashlib.sha256(run.staging("refresh").read_bytes(MANIFEST)).hexdigest()
+
+
+def _sampled_views(run: Run, items: pa.Table, users: pa.Table) -> list[View]:
+    sampled = _staged(run.staging("refresh"), "sampled_interactions")
+    cold = _cold_with_text(items)
+    expected = pa.table({"item_id": cold, "sampled": gate_views.known(cold, sampled["item_id"])}).to_pandas()
+    lineage = gate_views.lineage(sampled, ["propensity", *_LINEAGE])
+    by_item = gate_views.sampled_by_item(sampled, cold, users["user_id"])
+    return [
+        View("sampled_interactions", "items", by_item, ("item_id", "rows")),
+        View("sampled_interactions", "expected", expected, ("item_id",)),
+        View("sampled_interactions", "lineage", lineage, ("run_id", "rows")),
+    ]
+
+
+def _cold_with_text(items: pa.Table) -> pa.ChunkedArray:
+    return items.filter(pc.and_(pc.equal(items["label"], "cold"), pc.is_valid(items["content"])))["item_id"]
+
+
+def _item_views(run: Run, items: pa.Table, placed: np.ndarray) -> list[View]:
+    """`placed` bool, one a row of `items`: the space or a fold-in can place it by real interactions."""
+    embedded = _staged(run.staging("refresh"), "item_embeddings")
+    rows = gate_views.vectors(embedded, "item_id", items)
+    warm = rows.loc[rows["finite"] & (rows["label"] == "warm"), "norm"]
+    rows["norm_share"] = rows["norm"] / (warm.median() if len(warm) else np.nan)
+    rows["known"] = rows.pop("label").notna()
+    rows["days_ahead"] = (rows["updated_at"] - run.midnight).dt.total_seconds() / 86400
+    must = np.asarray(pc.is_valid(items["content"]).to_numpy(), dtype=bool) | placed
+    must &= placed | np.asarray(pc.equal(items["label"], "cold").to_numpy(), dtype=bool)
+    expected = items.select(["item_id", "label"]).filter(pa.array(must))
+    expected = expected.append_column("embedded", pa.array(gate_views.known(expected["item_id"], embedded["item_id"])))
+    return [
+        View("item_embeddings", "rows", rows.drop(columns=["refresh_date"]), ("item_id", "source")),
+        View("item_embeddings", "expected", expected.to_pandas(), ("item_id", "label")),
+        View("item_embeddings", "lineage", gate_views.lineage(embedded, _LINEAGE), ("run_id", "rows")),
+    ]
+
+
+def _user_views(run: Run, users: pa.Table, in_space: np.ndarray) -> list[View]:
+    """`in_space` bool, one a row of `users`."""
+    embedded = _staged(run.staging("refresh"), "user_embeddings")
+    rows = gate_views.vectors(embedded, "user_id")
+    rows["known"] = gate_views.known(embedded["user_id"], users["user_id"])
+    expected = users.select(["user_id"]).filter(pa.array(in_space))
+    expected = expected.append_column("embedded", pa.array(gate_views.known(expected["user_id"], embedded["user_id"])))
+    return [
+        View("user_embeddings", "rows", rows.drop(columns=["refresh_date"]), ("user_id",)),
+        View("user_embeddings", "expected", expected.to_pandas(), ("user_id",)),
+        View("user_embeddings", "lineage", gate_views.lineage(embedded, _LINEAGE), ("run_id", "rows")),
+    ]
+
+
+def _space_view(cf: dict[str, Any]) -> View:
+    residual = cf.get("residual") if cf.get("aligned_to") else 0.0
+    row = {"space_version": cf["space_version"], "aligned_to": cf.get("aligned_to"), "residual": residual}
+    frame = pa.Table.from_pylist([row]).to_pandas()
+    return View("space", "alignment", frame.astype({"residual": float}), ("space_version", "aligned_to"))
+
+
+def run(run: Run, out: Staging) -> dict[str, Any]:
+    """Check the tables that stage refresh left.
+
+    Returns:
+        expectations, succeeded; data_docs: where index.html is; rows: output table -> rows; refresh_digest.
+
+    Raises:
+        GateError: an expectation is not met; nothing will be published.
+    """
+    snapshot, refreshed, settings = run.staging("snapshot"), run.staging("refresh"), run.settings
+    refreshed.verify()
+    cf, scored = run.staging("cf").facts(), run.staging("filterllm_score").facts()
+    users = _staged(snapshot, "users")
+    items = _staged(snapshot, "items_labelled", ["item_id", "item_idx", "label", "content"]).sort_by("item_idx")
+    users = users.sort_by("user_idx")
+    space = run.artifact("spaces", cf["space_version"])
+    in_space = gate_views.known(users["user_id"], space.read("users", ["user_id"])["user_id"])
+    pairs = _staged(snapshot, "training_interactions", ["user_idx", "item_idx"])
+    placed = np.zeros(items.num_rows, dtype=bool)
+    placed[pairs["item_idx"].to_numpy()[in_space[pairs["user_idx"].to_numpy()]]] = True
+
+    views = [
+        *_sampled_views(run, items, users),
+        *_item_views(run, items, placed),
+        *_user_views(run, users, in_space),
+        _space_view(cf),
+    ]
+    expected = {view.title: len(view.frame) for view in views}
+    parameters = {
+        "run_id": [run.run_id],
+        "refresh_date": [run.run_date.isoformat()],
+        "model_version": [scored["model_version"]],
+        "space_version": [cf["space_version"]],
+        "users_per_item": min(settings.sampling.k, _scorable(run, scored, users)),
+        "items_scored": scored["items"],
+        "items_to_sample": expected["sampled_interactions.expected"],
+        "items_to_embed": expected["item_embeddings.expected"],
+        "items": items.num_rows,
+        "users_to_embed": expected["user_embeddings.expected"],
+        "users": users.num_rows,
+        "dimension": cf["dimension"],
+        "norm_low": settings.gates.norm_low,
+        "norm_high": settings.gates.norm_high,
+        "norm_mostly": settings.gates.norm_mostly,
+        "procrustes_residual": settings.gates.procrustes_residual,
+    }
+    facts = check(
+        views,
+        parameters,
+        out,
+        name=run.run_id,
+        at=run.midnight,
+        consequence="Nothing was published: the output tables are as they were. What was gated lies in "
+        f"{refreshed.uri}; mend its cause and run again, or change the limit in the settings (section gates).",
+    )
+    log(
+        f"[gates] {facts['succeeded']} of {facts['expectations']} expectations are met; Data Docs: {facts['data_docs']}"
+    )
+    rows = {name: _rows(refreshed, name) for name in OUTPUTS}
+    return {**facts, "rows": rows, "refresh_digest": refresh_digest(run)}
+
+
+def _rows(stage: Staging, name: str) -> int:
+    """How many rows a staged table has."""
+    return stage.read(name, [schema(name).columns[0].name]).num_rows
+
+
+def _scorable(run: Run, scored: dict[str, Any], users: pa.Table) -> int:
+    """How many users can be drawn: those of the model's vocabulary who are still among tonight's users."""
+    vocabulary = run.artifact("models", scored["model_version"]).read("users", ["user_id"])
+    return int(gate_views.known(vocabulary["user_id"], users["user_id"]).sum())

@@ -1,0 +1,133 @@
+"""The FAISS index of the published item embeddings, beside the tables: `<lake>/_index/<run_id>/`.
+
+`items.faiss` answers inner products; row i of the table `ids` is the item of the index's number i. A small catalogue is
+searched exactly; a larger one by inverted lists (IVF), with as many lists probed as the recall asked for needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from jobs.lake import Lake
+from jobs.run import Run
+from jobs.staging import Staging
+
+if TYPE_CHECKING:
+    import faiss
+
+_FILE = "items.faiss"
+EXACT_BELOW = 20_000  # items: an exact search of so many takes about a millisecond
+RECALL_AT = 20
+_RECALL = 0.95
+_QUERIES = 500
+
+
+@dataclass(frozen=True)
+class ItemIndex:
+    """An index that was read: `index` numbers items as `item_ids` does."""
+
+    index: faiss.Index
+    item_ids: list[str]
+    facts: dict[str, Any]
+
+    def search(self, user: np.ndarray, top: int) -> list[tuple[str, float]]:
+        """The `top` items by inner product with `user` [dimension] float32, best first, with their scores."""
+        scores, found = self.index.search(np.ascontiguousarray(user[None, :], dtype=np.float32), top)
+        return [(self.item_ids[i], float(s)) for i, s in zip(found[0], scores[0], strict=True) if i >= 0]
+
+
+def matrix(table: pa.Table) -> np.ndarray:
+    """Column `embedding` as [rows, dimension] float32; every row has the same dimension (the gate has seen to it)."""
+    chunks = [c.flatten().to_numpy(zero_copy_only=False) for c in table["embedding"].chunks]
+    values = np.concatenate([*chunks, np.zeros(0, np.float32)]).astype(np.float32, copy=False)
+    return np.ascontiguousarray(values.reshape(table.num_rows, -1) if table.num_rows else values.reshape(0, 0))
+
+
+def recall(index: faiss.Index, vectors: np.ndarray, queries: np.ndarray, k: int) -> float:
+    """Mean share of the exact top `k` that `index` finds for `queries` [n, d]. Items that tie with the k-th count as found."""
+    import faiss
+
+    exact, _ = faiss.knn(queries, vectors, k, metric=faiss.METRIC_INNER_PRODUCT)
+    found, _ = index.search(queries, k)
+    last = exact[:, -1:]
+    return float((found >= last - 1e-5 * np.abs(last)).mean())
+
+
+def build(
+    vectors: np.ndarray, queries: np.ndarray, *, seed: int, exact_below: int = EXACT_BELOW
+) -> tuple[faiss.Index, dict[str, Any]]:
+    """An inner-product index of `vectors` [items, d] float32 and its facts; the same input and seed give the same bytes.
+
+    Args:
+        queries: user vectors [n, d] on which the recall against exact search is measured (and the probes chosen).
+        exact_below: with fewer items than this the index is exact.
+    """
+    import faiss
+
+    n, dimension = vectors.shape
+    k = min(RECALL_AT, n)
+    facts: dict[str, Any] = {"metric": "inner_product", "items": n, "dimension": dimension}
+    if n < exact_below:
+        index: Any = faiss.IndexFlatIP(dimension)
+        index.add(vectors)
+        facts["type"] = "IndexFlatIP"
+    else:
+        lists = int(4 * np.sqrt(n))
+        index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dimension), dimension, lists, faiss.METRIC_INNER_PRODUCT)
+        index.cp.seed = seed
+        # Fewer points than faiss asks for by default: lists need not be optimal, and training dominates the time.
+        index.cp.max_points_per_centroid, index.cp.min_points_per_centroid = 64, 1
+        index.train(vectors)
+        index.add(vectors)
+        index.nprobe = 1
+        while len(queries) and index.nprobe < lists and recall(index, vectors, queries, k) < _RECALL:
+            index.nprobe = min(index.nprobe * 2, lists)
+        facts |= {"type": "IndexIVFFlat", "lists": lists, "probes": int(index.nprobe)}
+    measured = round(recall(index, vectors, queries, k), 4) if len(queries) else None
+    return index, {**facts, f"recall@{RECALL_AT}": measured, "queries": len(queries)}
+
+
+def _folder(lake: Lake, run_id: str) -> Staging:
+    return Staging(lake.path(f"_index/{run_id}"))
+
+
+def export(run: Run, items: pa.Table, users: pa.Table) -> dict[str, Any]:
+    """Write the index of `items` (item_embeddings) for `run`; its facts, with `path` and the measured recall.
+
+    The recall is measured on a sample of `users` (user_embeddings).
+    """
+    import faiss
+
+    out = _folder(run.lake, run.run_id)
+    if out.is_complete():
+        return out.facts()
+    out.clear()
+    items = items.sort_by("item_id")
+    users = users.sort_by("user_id")
+    picked = np.random.Generator(np.random.Philox(run.settings.seed)).permutation(users.num_rows)[:_QUERIES]
+    queries = matrix(users.take(pa.array(np.sort(picked))))
+    index, facts = build(matrix(items), queries, seed=run.settings.seed)
+    out.write_bytes(_FILE, faiss.serialize_index(index).tobytes())
+    out.write("ids", items.select(["item_id"]))
+    space = items["space_version"][0].as_py()
+    facts = {**facts, "path": out.path(_FILE), "run_id": run.run_id, "space_version": space}
+    out.complete(facts)
+    return facts
+
+
+def load(lake: Lake, run_id: str) -> ItemIndex:
+    """The index that run `run_id` exported.
+
+    Raises:
+        jobs.staging.StagingError: there is none.
+    """
+    import faiss
+
+    folder = _folder(lake, run_id)
+    facts = folder.facts()
+    index = faiss.deserialize_index(np.frombuffer(folder.read_bytes(_FILE), dtype=np.uint8))
+    return ItemIndex(index, folder.read("ids")["item_id"].to_pylist(), facts)

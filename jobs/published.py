@@ -1,0 +1,192 @@
+"""What rankers read: the three output tables of one night, together, at the versions that `runs` names.
+
+    python -m jobs.published --lake ./lake --date 2017-11-01 --user 1 --top 10
+
+The newest publication of the date (or before it) is found, checked, and asked for a user's best items as a ranker would:
+the inner product of the user's vector with the items'. Cold items are marked. The last line of stdout is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass, field
+from datetime import date, timedelta
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jobs import cli, item_index
+from jobs.lake import Lake
+from jobs.run import OUTPUTS, log, parse_run_date
+from schemas.errors import ColdRefreshError
+
+
+class NotPublishedError(ColdRefreshError):
+    """There is no such publication, or what is there is not of one run."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """One complete night. `versions`: output table -> Delta version; later nights do not change what is read here."""
+
+    run_id: str
+    refresh_date: date
+    sequence: int
+    versions: dict[str, int]
+    space_version: str
+    lake: Lake = field(repr=False)
+
+    def _read(self, name: str) -> pa.Table:
+        version = self.versions[name]
+        table = self.lake.read(name, version=version, refresh_date=self.refresh_date)
+        for column, expected in (("run_id", self.run_id), ("space_version", self.space_version)):
+            others = [v for v in pc.unique(table[column]).to_pylist() if v != expected]
+            if others:
+                raise NotPublishedError(
+                    f"table '{name}' version {version} holds rows of {self.refresh_date} with {column} {others[:3]}, and "
+                    f"`runs` says {expected!r}: the table was written by something else; publish the night again"
+                )
+        return table
+
+    def sampled_interactions(self) -> pa.Table:
+        """The users of the cold items (schemas/sampled_interactions.yaml), by item and rank; no rows if none was cold.
+
+        Raises:
+            NotPublishedError: its rows are not of this run and space.
+            jobs.lake.LakeError: the version is gone (vacuumed).
+        """
+        return self._read("sampled_interactions").sort_by([("item_id", "ascending"), ("rank", "ascending")])
+
+    def item_embeddings(self) -> pa.Table:
+        """The items' vectors (schemas/item_embeddings.yaml), by id. Raises as `sampled_interactions` does."""
+        return self._read("item_embeddings").sort_by("item_id")
+
+    def user_embeddings(self) -> pa.Table:
+        """The users' vectors (schemas/user_embeddings.yaml), by id. Raises as `sampled_interactions` does."""
+        return self._read("user_embeddings").sort_by("user_id")
+
+
+def latest(lake: Lake, on_or_before: date | None = None) -> Published:
+    """The newest publication, by refresh date and then by run; of `on_or_before` or an earlier date, if given.
+
+    Raises:
+        NotPublishedError: there is none.
+    """
+    rows = lake.read(
+        "runs", columns=["refresh_date", "run_id", "sequence", "stage", "status", "output_versions", "counts"]
+    )
+    rows = rows.filter(pc.and_(pc.equal(rows["stage"], "publish"), pc.equal(rows["status"], "complete")))
+    if on_or_before is not None:
+        rows = rows.filter(pc.less_equal(rows["refresh_date"], pa.scalar(on_or_before)))
+    if rows.num_rows == 0:
+        until = f" on or before {on_or_before}" if on_or_before else ""
+        raise NotPublishedError(f"nothing is published in {lake.uri}{until}: run jobs/cold_refresh.py for a date")
+    row = max(rows.to_pylist(), key=lambda r: (r["refresh_date"], r["sequence"]))
+    versions = {name: int(v) for name, v in json.loads(row["output_versions"]).items() if name in OUTPUTS}
+    absent = sorted(set(OUTPUTS) - set(versions))
+    if absent:
+        raise NotPublishedError(f"run {row['run_id']} names no version of {absent} in `runs`: publish the night again")
+    space = json.loads(row["counts"])["space_version"]
+    return Published(row["run_id"], row["refresh_date"], row["sequence"], versions, space, lake)
+
+
+def previous(lake: Lake, before: date) -> Published | None:
+    """The newest publication of a date before `before`; None if there is none."""
+    try:
+        return latest(lake, before - timedelta(days=1))
+    except NotPublishedError:
+        return None
+
+
+def recommend(published: Published, user_id: str | None, top: int, *, use_index: bool = False) -> dict[str, Any]:
+    """The `top` items of a user by inner product, best first (ties by id), as a ranker would take them.
+
+    Args:
+        user_id: None for the first user of the table.
+        use_index: ask the exported FAISS index instead of multiplying with every item.
+
+    Returns:
+        run_id, refresh_date, space_version, rows of the three tables, user_id, items: [{item_id, score, cold, source}].
+
+    Raises:
+        NotPublishedError: the user has no vector tonight, or the tables are not of one run.
+    """
+    sampled, items, users = published.sampled_interactions(), published.item_embeddings(), published.user_embeddings()
+    position = 0 if user_id is None else pc.index(users["user_id"], user_id).as_py()
+    if position < 0 or users.num_rows == 0:
+        raise NotPublishedError(
+            f"user {user_id!r} has no vector among the {users.num_rows} of {published.refresh_date} "
+            f"(run {published.run_id}): no interactions of before that date"
+        )
+    user = users.slice(position, 1)
+    vector = item_index.matrix(user)[0]
+    ids = items["item_id"].to_pylist()
+    if use_index:
+        best = item_index.load(published.lake, published.run_id).search(vector, top)
+    else:
+        scores = item_index.matrix(items) @ vector
+        best = [(ids[i], float(scores[i])) for i in np.argsort(-scores, kind="stable")[:top]]
+    source = dict(zip(ids, items["source"].to_pylist(), strict=True))
+    cold = set(pc.unique(sampled["item_id"]).to_pylist())
+    return {
+        "run_id": published.run_id,
+        "refresh_date": published.refresh_date.isoformat(),
+        "space_version": published.space_version,
+        "versions": published.versions,
+        "rows": {
+            "sampled_interactions": sampled.num_rows,
+            "item_embeddings": items.num_rows,
+            "user_embeddings": users.num_rows,
+        },
+        "user_id": user["user_id"][0].as_py(),
+        "items": [
+            {"item_id": item, "score": round(score, 6), "cold": item in cold, "source": source[item]}
+            for item, score in best
+        ],
+    }
+
+
+def _option(text: str) -> tuple[str, str]:
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    return key, value
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.parser(__doc__)
+    parser.add_argument("--lake", required=True, help="a folder or an s3://, gs://, abfss:// URI")
+    parser.add_argument(
+        "--storage-option",
+        action="append",
+        default=[],
+        type=_option,
+        metavar="KEY=VALUE",
+        help="of delta-rs; repeatable",
+    )
+    parser.add_argument(
+        "--date", help="YYYY-MM-DD: the newest publication of this date or before; the newest if left out"
+    )
+    parser.add_argument("--user", help="user id; the first user if left out")
+    parser.add_argument("--top", type=int, default=10, help="how many items")
+    parser.add_argument("--index", action="store_true", help="search the exported FAISS index")
+    args = parser.parse_args(argv)
+
+    def job() -> dict[str, Any]:
+        lake = Lake(args.lake, dict(args.storage_option))
+        published = latest(lake, parse_run_date(args.date) if args.date else None)
+        answer = recommend(published, args.user, args.top, use_index=args.index)
+        log(f"run {answer['run_id']} of {answer['refresh_date']}: the best items for user {answer['user_id']}")
+        for rank, item in enumerate(answer["items"], 1):
+            log(f"{rank:4}  {item['score']:9.4f}  {'cold' if item['cold'] else '    '}  {item['item_id']}")
+        return answer
+
+    return cli.main(job)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

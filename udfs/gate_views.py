@@ -1,0 +1,142 @@
+"""What the gates look at: a table's rows brought down to one row an item, a user or a fact (Arrow, numpy -> pandas).
+
+Expectations cannot see into array columns, and are slow on many millions of rows; so embeddings become a dimension, a
+norm and a flag, and (item, user) rows become one row an item with counts of what is wrong in it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+
+def _codes(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
+    """(code of each row int64, the distinct values); null has a code of its own."""
+    encoded = pc.dictionary_encode(column, null_encoding="encode").combine_chunks()
+    if isinstance(encoded, pa.ChunkedArray):
+        encoded = encoded.chunk(0) if encoded.num_chunks else pa.array([], column.type).dictionary_encode()
+    return encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64), encoded.dictionary
+
+
+def known(ids: pa.Array | pa.ChunkedArray, of: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """Which of `ids` are in `of`: bool, one a row; a null is not."""
+    found = pc.index_in(ids, value_set=of, skip_nulls=True)
+    return np.asarray(pc.is_valid(found).to_numpy(zero_copy_only=False), dtype=bool)
+
+
+def by_item(pairs: pa.Table, items: pa.ChunkedArray, users: pa.ChunkedArray) -> tuple[pd.DataFrame, np.ndarray]:
+    """One row an item of `pairs` (item_id, user_id, ...), and for each row of `pairs` the number of its item's row.
+
+    Returns:
+        item_id, known (is it in `items`), rows, incomplete (rows with a null id, or any null in columns that are never
+        null: `weight`, `rank`, `probability`), repeated (rows whose user the item has already), unknown_users (rows whose
+        user is not in `users`).
+    """
+    item, item_ids = _codes(pairs["item_id"])
+    user, user_ids = _codes(pairs["user_id"])
+    n = len(item_ids)
+    incomplete = np.zeros(len(item), dtype=bool)
+    for name in ("item_id", "user_id", "weight", "rank", "probability"):
+        if name in pairs.column_names:
+            incomplete |= np.asarray(pc.is_null(pairs[name], nan_is_null=True).to_numpy(), dtype=bool)
+    distinct = np.unique(item * max(len(user_ids), 1) + user) // max(len(user_ids), 1)
+    rows = np.bincount(item, minlength=n)
+    stranger = ~known(user_ids, users)[user] if len(user_ids) else np.zeros(0, dtype=bool)
+    frame = pd.DataFrame(
+        {
+            "item_id": item_ids.to_pandas().astype(object),
+            "known": known(item_ids, items),
+            "rows": rows,
+            "incomplete": np.bincount(item, weights=incomplete, minlength=n).astype(np.int64),
+            "repeated": rows - np.bincount(distinct, minlength=n),
+            "unknown_users": np.bincount(item, weights=stranger, minlength=n).astype(np.int64),
+        }
+    )
+    return frame, item
+
+
+def _extremes(values: np.ndarray, group: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Least and greatest of `values` in each of `n` groups, NaN left out (`incomplete` counts it)."""
+    low, high = np.full(n, np.inf), np.full(n, -np.inf)
+    np.fmin.at(low, group, values)
+    np.fmax.at(high, group, values)
+    return low, high
+
+
+def training_by_item(pairs: pa.Table, items: pa.ChunkedArray, users: pa.ChunkedArray) -> pd.DataFrame:
+    """`by_item` of training_interactions with the lowest weight."""
+    frame, item = by_item(pairs, items, users)
+    frame["lowest_weight"], _ = _extremes(_float(pairs["weight"]), item, len(frame))
+    return frame
+
+
+def sampled_by_item(sampled: pa.Table, cold: pa.ChunkedArray, users: pa.ChunkedArray) -> pd.DataFrame:
+    """`by_item` of sampled_interactions with its ranks (first_rank, last_rank, ranks: how many different ones), its
+    probabilities (lowest, highest, mass: their sum) and `rises`: how often the probability grows with the rank."""
+    frame, item = by_item(sampled, cold, users)
+    n = len(frame)
+    rank, probability = _float(sampled["rank"]), _float(sampled["probability"])
+    frame["first_rank"], frame["last_rank"] = _extremes(rank, item, n)
+    order = np.lexsort((rank, item))
+    item, rank, probability = item[order], rank[order], probability[order]
+    same = item[1:] == item[:-1]
+    frame["ranks"] = frame["rows"] - np.bincount(item[1:], weights=same & (rank[1:] == rank[:-1]), minlength=n).astype(
+        int
+    )
+    frame["lowest"], frame["highest"] = _extremes(probability, item, n)
+    frame["mass"] = np.bincount(item, weights=np.nan_to_num(probability), minlength=n)
+    grows = same & (probability[1:] > probability[:-1])
+    frame["rises"] = np.bincount(item[1:], weights=grows, minlength=n).astype(int)
+    return frame
+
+
+def _float(column: pa.ChunkedArray) -> np.ndarray:
+    return np.asarray(column.cast(pa.float64()).to_numpy(), dtype=np.float64)
+
+
+def vectors(table: pa.Table, key: str, items: pa.Table | None = None) -> pd.DataFrame:
+    """One row a vector of `table` (column `embedding`, list<float32>).
+
+    Args:
+        key: column of the vector's id.
+        items: items_labelled, to add `label`; null where the id is not in it.
+
+    Returns:
+        the key, the other columns that are no lists, dimension (values in the vector), finite (no NaN, no infinity, not
+        null), norm (L2, float64; NaN unless finite).
+    """
+    others = [
+        name for name in table.column_names if name not in ("embedding", "run_id", "model_version", "space_version")
+    ]
+    frame = table.select(others).to_pandas()
+    dimension, norm = _norms(table["embedding"])
+    frame["dimension"] = dimension
+    frame["finite"] = np.isfinite(norm) & (dimension > 0)
+    frame["norm"] = np.where(frame["finite"], norm, np.nan)
+    if items is not None:
+        position = pc.index_in(table[key], value_set=items["item_id"])
+        frame["label"] = items["label"].take(position).to_pandas()
+    return frame
+
+
+def _norms(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """(values a vector int64, L2 norm float64) of a list<float32> column; a null vector has 0 values."""
+    lengths, norms = [np.zeros(0, np.int64)], [np.zeros(0)]
+    for chunk in column.chunks:
+        length = pc.fill_null(pc.list_value_length(chunk), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+        values = chunk.flatten().to_numpy(zero_copy_only=False).astype(np.float64)
+        owner = np.repeat(np.arange(len(chunk)), length)
+        lengths.append(length)
+        norms.append(np.sqrt(np.bincount(owner, weights=values * values, minlength=len(chunk))))
+    return np.concatenate(lengths), np.concatenate(norms)
+
+
+def lineage(table: pa.Table, columns: list[str]) -> pd.DataFrame:
+    """The distinct values of `columns` together, with how many rows carry them (`rows`); dates as ISO text."""
+    counted = table.select(columns).group_by(columns).aggregate([([], "count_all")])
+    frame = counted.rename_columns({"count_all": "rows"}).to_pandas()
+    if "refresh_date" in frame:
+        frame["refresh_date"] = [None if d is None else str(d) for d in frame["refresh_date"]]
+    return frame
