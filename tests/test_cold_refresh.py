@@ -1,0 +1,118 @@
+"""Whole nights on a small lake whose right answer is known, as a person runs them: `spark-submit jobs/cold_refresh.py`."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jobs.lake import Lake
+from jobs.run import STAGES
+from tests import nights
+from tests import small_lake as small
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[small.SmallLake, dict[str, Any]]:
+    """A lake after one night that nothing disturbed, and the night's summary."""
+    lake = small.build(tmp_path_factory.mktemp("undisturbed"))
+    return lake, nights.night(lake.conf, lake.run_date)
+
+
+def test_a_night_gives_cold_items_the_users_of_their_topic(undisturbed: tuple[small.SmallLake, dict[str, Any]]) -> None:
+    lake, summary = undisturbed
+    assert summary["stages_computed"] == list(STAGES)
+    assert summary["cold_items"] == len(lake.cold_items)
+    sampled = Lake(str(lake.lake)).read("sampled_interactions").to_pylist()
+    assert {row["item_id"] for row in sampled} == lake.cold_items
+    same_topic = [row["item_id"].split("-")[0] == row["user_id"].split("-")[0] for row in sampled]
+    assert np.mean(same_topic) > 0.9
+    items = Lake(str(lake.lake)).read("item_embeddings").to_pylist()
+    assert {row["source"] for row in items} == {"cf", "sampled"}
+    assert {row["item_id"] for row in items if row["source"] == "sampled"} == lake.cold_items
+    assert {row["run_id"] for row in items} == {summary["run_id"]} == {row["run_id"] for row in sampled}
+
+
+def test_the_published_embeddings_rank_cold_items_above_the_floors(undisturbed: tuple[small.SmallLake, Any]) -> None:
+    metrics = Lake(str(undisturbed[0].lake)).read("metrics").to_pylist()
+    cold = {row["system"]: row["value"] for row in metrics if (row["split"], row["metric"]) == ("cold", "ndcg@10")}
+    assert cold["published"] > 0.8
+    assert cold["published"] > cold["random"] + 0.2
+
+
+def test_the_same_night_again_recomputes_nothing(undisturbed: tuple[small.SmallLake, dict[str, Any]]) -> None:
+    lake, summary = undisturbed
+    versions = {name: Lake(str(lake.lake)).version(name) for name in ("runs", "metrics", "item_embeddings")}
+    done = nights.run(lake.conf, lake.run_date)
+    assert done.returncode == 0, done.stderr
+    assert "nothing is recomputed" in done.stderr
+    assert summary["run_id"] in done.stdout
+    assert {name: Lake(str(lake.lake)).version(name) for name in versions} == versions
+
+
+def test_the_next_night_computes_only_what_changed(undisturbed: tuple[small.SmallLake, dict[str, Any]]) -> None:
+    lake, first = undisturbed
+    next_day = lake.run_date + timedelta(days=3)
+    summary = nights.night(lake.conf, next_day)
+    facts = {
+        row["stage"]: row
+        for row in Lake(str(lake.lake)).read("runs", refresh_date=next_day).to_pylist()
+        if row["run_id"] == summary["run_id"]
+    }
+    counts = {stage: json.loads(row["counts"]) for stage, row in facts.items()}
+    assert counts["text_embeddings"]["encoded"] == 0
+    assert counts["cf"]["trained"] is False
+    assert counts["filterllm_train"]["trained"] is False
+    assert counts["filterllm_score"]["scored"] == 0
+    both = Lake(str(lake.lake)).read("item_embeddings").to_pylist()
+    before = {r["item_id"]: r for r in both if r["run_id"] == first["run_id"]}
+    after = {r["item_id"]: r for r in both if r["run_id"] == summary["run_id"]}
+    sold = {i for i, r in after.items() if r["source"] == "carried_over"}
+    assert sold, "no cold item was bought within three days: the test's lake does not test this"
+    assert sold <= lake.cold_items
+    for item, row in after.items():
+        if row["source"] in ("cf", "carried_over"):
+            assert row["embedding"] == before[item]["embedding"], item
+            assert row["updated_at"] == before[item]["updated_at"], item
+
+
+def test_a_night_killed_in_every_stage_leaves_the_same_tables(
+    undisturbed: tuple[small.SmallLake, dict[str, Any]], tmp_path: Path
+) -> None:
+    disturbed = small.build(tmp_path)
+    for number, stage in enumerate(STAGES):
+        nights.kill_at(disturbed.conf, disturbed.run_date, stage, delay=0.3 + 0.35 * (number % 3))
+    summary = nights.night(disturbed.conf, disturbed.run_date)
+    assert summary["run_id"] == undisturbed[1]["run_id"]
+    nights.assert_same_tables(disturbed.lake, undisturbed[0].lake, disturbed.run_date)
+
+
+def test_dry_run_says_what_would_be_done_and_does_nothing(small_lake: small.SmallLake) -> None:
+    plan = nights.night(small_lake.conf, small_lake.run_date, "--dry-run")
+    assert [stage["stage"] for stage in plan["stages"] if stage["run"]] == list(STAGES)
+    assert plan["inputs"]["items"]["rows"] == 60
+    assert not (small_lake.lake / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--run-date", "2026-02-30"), "is no date"),
+        (("--set", "cf.modle=als"), "cf.modle"),
+        (("--set", "ray.address=127.0.0.1:1"), "127.0.0.1:1"),
+        (("--set", "text.model=/no/such/model"), "/no/such/model"),
+        (("--set", "text.sha256=" + "0" * 64), "0000000"),
+        (("--set", "lake=/no/such/lake"), "no Delta table"),
+    ],
+)
+def test_bad_input_is_one_clear_message(small_lake: small.SmallLake, more: tuple[str, ...], message: str) -> None:
+    done = nights.run(small_lake.conf, small_lake.run_date, *more)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert not (small_lake.lake / "item_embeddings").exists()
