@@ -57,7 +57,7 @@ class Staging:
 
     def _files(self) -> dict[str, dict[str, Any]]:
         filesystem, root = self._open()
-        listing = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
+        listing = filesystem.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
         facts = {}
         for info in sorted(listing, key=lambda i: i.path):
             name = info.path[len(root) + 1 :]
