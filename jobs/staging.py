@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from pyarrow import fs
 
@@ -116,6 +118,11 @@ class Staging:
         """The staged table `name`."""
         filesystem, root = self._open()
         return pq.read_table(f"{root}/{name}", columns=columns, filesystem=filesystem, partitioning=None)
+
+    def batches(self, name: str, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """The staged table `name` piece by piece, for one that need not fit into memory."""
+        filesystem, root = self._open()
+        yield from ds.dataset(f"{root}/{name}", filesystem=filesystem, format="parquet").to_batches(columns=columns)
 
     def clear(self) -> None:
         """Remove what a killed stage may have left."""
