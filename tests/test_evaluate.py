@@ -1,0 +1,304 @@
+"""jobs/truth.py and jobs/evaluate.py: truth read by real Spark, metrics in a real Delta table, against plain pandas."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+import yaml
+from deltalake import write_deltalake
+
+from jobs import evaluate, truth
+from jobs.run import execute, open_run
+from jobs.settings import load
+from schemas.errors import ContractError
+from tests import small_lake as small
+from tests.test_ranking_metrics import reference
+from udfs.splits import random_item, temporal
+from udfs.vectors import to_column
+
+TOPICS = list(small.TOPICS)
+FIRST = pa.scalar(datetime(2026, 3, 1, tzinfo=UTC), pa.timestamp("us", tz="UTC"))
+
+
+def vector(name: str) -> np.ndarray:
+    """The topic as a unit vector, and a little that differs from name to name."""
+    rng = np.random.default_rng(sum(map(ord, name)))
+    return np.eye(4)[TOPICS.index(name.split("-")[0])] + 0.05 * rng.normal(size=4)
+
+
+def publish(run, out):
+    """What a night's publishing leaves: vectors that know the topics; one user and one item have none."""
+    staged = run.staging("snapshot")
+    users = sorted(staged.read("users")["user_id"].to_pylist())[:-1]
+    items = sorted(staged.read("items_labelled")["item_id"].to_pylist())[:-1]
+    same = {"refresh_date": run.run_date, "run_id": run.run_id, "model_version": "m", "space_version": "s"}
+
+    def table(key, ids, **more):
+        body = {name: pa.array([value] * len(ids)) for name, value in {**same, **more}.items()}
+        vectors = np.array([vector(i) for i in ids]) if ids[0].split("-")[0] in TOPICS else random_vectors(len(ids))
+        return pa.table({**body, key: ids, "embedding": to_column(vectors)})
+
+    users_table = table("user_id", users)
+    items_table = table("item_id", items, source="cf", interactions=1, updated_at=run.midnight)
+    return {
+        "output_versions": {
+            "user_embeddings": run.lake.commit("user_embeddings", users_table, app="t/users"),
+            "item_embeddings": run.lake.commit("item_embeddings", items_table, app="t/items"),
+        }
+    }
+
+
+def random_vectors(n):
+    return np.random.default_rng(n).normal(size=(n, 4))
+
+
+def stage_snapshot(train: pd.DataFrame, items: dict[str, str]):
+    """A stage that leaves what `snapshot` does, of training pairs (user_id, item_id) and item -> text."""
+    user_ids, item_ids = sorted(train["user_id"].unique()), sorted(items)
+    degree = train.groupby("item_id")["user_id"].nunique().reindex(item_ids).fillna(0).astype(int).tolist()
+
+    def index(column, ids):
+        return pa.array(column.map({name: i for i, name in enumerate(ids)}).to_numpy(np.int32))
+
+    def stage(run, out):
+        out.write("users", pa.table({"user_id": user_ids, "user_idx": pa.array(range(len(user_ids)), pa.int32())}))
+        texts = [items[item] for item in item_ids]
+        labelled = {"item_id": item_ids, "label": ["warm" if n else "cold" for n in degree], "interactions": degree}
+        labelled |= {"title": texts, "content": texts, "text_sha256": texts}
+        out.write("items_labelled", pa.table({**labelled, "item_idx": pa.array(range(len(item_ids)), pa.int32())}))
+        pairs = {"user_id": list(train["user_id"]), "item_id": list(train["item_id"])}
+        pairs |= {"user_idx": index(train["user_id"], user_ids), "item_idx": index(train["item_id"], item_ids)}
+        out.write("training_interactions", pa.table(pairs))
+        return {"users": len(user_ids)}
+
+    return stage
+
+
+@pytest.fixture(scope="module")
+def night(tmp_path_factory, spark):
+    """A night that is published before anything of what follows is known. Returns (run, all events, conf)."""
+    folder = tmp_path_factory.mktemp("night")
+    built = small.build(folder)
+    events = small.tables()[0]
+    past = events.filter(pc.less(events["event_time"], FIRST))
+    write_deltalake(str(built.lake / "interactions"), past, mode="overwrite")
+    run = open_run(load(built.conf), built.run_date)
+    items = {row["item_id"]: f"{row['title']} {row['text']}" for row in small.tables()[1].to_pylist()}
+    execute(run, "snapshot", stage_snapshot(past.to_pandas()[["user_id", "item_id"]].drop_duplicates(), items))
+    execute(run, "publish", publish)
+    return run, events, built.conf
+
+
+def pairs_of(task, catalog):
+    """The task's truth as {(user_id, item_id)}."""
+    true = task.truth.tocoo()
+    users, items = task.users[true.row], task.candidates[true.col]
+    return {(catalog.user_ids[u], catalog.item_ids[i]) for u, i in zip(users, items, strict=True)}
+
+
+def test_a_night_without_truth_says_so_and_writes_nothing(night, capsys):
+    run = night[0]
+    facts = execute(run, "evaluate", evaluate.run)
+    assert facts["metrics"] == 0
+    assert "no truth yet for 2026-03-01" in facts["note"]
+    assert facts["note"] in capsys.readouterr().err
+    assert run.lake.read("metrics", refresh_date=run.run_date).num_rows == 0
+
+
+def test_protocol_none_measures_nothing(night):
+    run = night[0]
+    settings = run.settings.model_copy(
+        update={"evaluate": run.settings.evaluate.model_copy(update={"protocol": "none"})}
+    )
+    found = truth.read(replace(run, settings=settings), truth.catalog(run))
+    assert found.tasks == {}
+    assert "none" in found.facts["note"]
+
+
+@pytest.fixture(scope="module")
+def later(night):
+    """The same night when what followed it is known; among it rows that count for nothing."""
+    run, events, _ = night
+    future = events.filter(pc.greater_equal(events["event_time"], FIRST))
+    known = run.staging("snapshot").read("training_interactions").to_pylist()[0]
+    more = [
+        ("a stranger", "tea-new-0", 2),
+        (None, "tea-new-0", 2),
+        ("tea-user-01", "an item of later", 2),
+        ("tea-user-02", "chess-new-0", 99),  # after the horizon
+        ("tea-user-05", "yarn-0", 2),
+        ("tea-user-05", "yarn-0", 3),  # the same pair twice
+        ("chess-user-07", "bike-3", 2),
+        (known["user_id"], known["item_id"], 2),  # a pair that is known already
+    ]
+    user_id, item_id, days = zip(*more, strict=True)
+    when = pa.array([run.midnight + timedelta(days=d) for d in days], pa.timestamp("us", tz="UTC"))
+    rows = pa.table({"user_id": list(user_id), "item_id": list(item_id), "event_time": when})
+    write_deltalake(run.lake.path("interactions"), pa.concat_tables([future, rows]), mode="append")
+    return night
+
+
+def test_the_temporal_truth_is_that_of_the_rule(later):
+    run, _, _ = later
+    catalog = truth.catalog(run)
+    found = truth.read(run, catalog, run.lake.version("interactions"))
+    events = pd.DataFrame(run.lake.table("interactions").to_pyarrow_table().to_pandas()).dropna()
+    rule = temporal(events, run.midnight, run.settings.evaluate.horizon_days)
+    rule = rule[rule["item_id"] != "an item of later"]
+    cold = set(rule.loc[rule["part"] == "cold_test", ["user_id", "item_id"]].itertuples(index=False, name=None))
+    warm = set(rule.loc[rule["part"] == "warm_test", ["user_id", "item_id"]].itertuples(index=False, name=None))
+    assert len(cold) == 160
+    assert warm == {("tea-user-05", "yarn-0"), ("chess-user-07", "bike-3")}
+    assert pairs_of(found.tasks["cold"], catalog) == cold
+    assert pairs_of(found.tasks["warm"], catalog) == warm
+    both = {user for user, _ in warm}
+    assert pairs_of(found.tasks["overall"], catalog) == {pair for pair in cold | warm if pair[0] in both}
+    assert len(found.tasks["cold"].candidates) == 12
+    assert len(found.tasks["warm"].candidates) == 48
+    assert (found.facts["pairs_of_unknown_users"], found.facts["pairs_of_unknown_items"]) == (1, 1)
+    history = {tuple(pair) for pair in zip(*catalog.history.nonzero(), strict=True)}
+    masked = found.tasks["warm"].masked.tocoo()
+    users, items = found.tasks["warm"].users[masked.row], found.tasks["warm"].candidates[masked.col]
+    assert set(zip(users, items, strict=True)) == {p for p in history if p[0] in set(found.tasks["warm"].users)}
+
+
+def test_cold_items_with_too_few_users_are_no_candidates(later):
+    run = later[0]
+    settings = run.settings.evaluate.model_copy(update={"min_item_users": 14})
+    run = replace(run, settings=run.settings.model_copy(update={"evaluate": settings}))
+    catalog = truth.catalog(run)
+    found = truth.read(run, catalog, run.lake.version("interactions"))
+    events = pd.DataFrame(run.lake.table("interactions").to_pyarrow_table().to_pandas()).dropna()
+    rule = temporal(events, run.midnight, 60)
+    degrees = rule[rule["part"] == "cold_test"].groupby("item_id")["user_id"].nunique()
+    enough = set(degrees[degrees >= 14].index)
+    assert 0 < len(enough) < 12
+    assert {catalog.item_ids[i] for i in found.tasks["cold"].candidates} == enough
+    assert {item for _, item in pairs_of(found.tasks["cold"], catalog)} == enough
+
+
+def test_evaluating_again_measures_and_replaces(later, capsys):
+    run, _, conf = later
+    argv = ["--conf", str(conf), "--run-date", str(run.run_date)]
+    assert evaluate.main(argv) == 0
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert facts["run_id"] == run.run_id
+    cold = facts["summary"]["cold"]
+    assert list(cold) == ["published", "text_knn", "popularity", "random"]
+    assert cold["published"]["ndcg@10"] > cold["random"]["ndcg@10"] + 0.2
+    assert cold["text_knn"]["ndcg@10"] > cold["random"]["ndcg@10"] + 0.2
+    rows = run.lake.read("metrics", refresh_date=run.run_date).to_pandas()
+    assert len(rows) == facts["metrics"] == 3 * 4 * 3  # splits, systems, metrics
+    assert not rows.duplicated(["run_id", "split", "system", "metric"]).any()
+    assert ((rows["low"] <= rows["value"]) & (rows["value"] <= rows["high"])).all()
+    assert set(rows.loc[rows["split"] == "cold", "n"]) == {80}
+
+    assert evaluate.main([*argv, "--set", "evaluate.k=[5]"]) == 0
+    assert "made with other settings" in capsys.readouterr().err
+    rows = run.lake.read("metrics", refresh_date=run.run_date).to_pandas()
+    assert set(rows["metric"]) == {"ndcg@5", "recall@5", "hit@5"}
+
+
+def test_published_is_the_inner_product_of_the_published_vectors(later):
+    run = later[0]
+    catalog = truth.catalog(run)
+    found = truth.read(run, catalog, run.lake.version("interactions"))
+    rows = {(r["split"], r["system"], r["metric"]): r["value"] for r in evaluate.measure(run, catalog, found)}
+    scores = np.array([[vector(u) @ vector(i) for i in catalog.item_ids] for u in catalog.user_ids])
+    scores[-1], scores[:, -1] = -np.inf, -np.inf  # `publish` has left them out
+    history = set(zip(*catalog.history.nonzero(), strict=True))
+    for split, task in found.tasks.items():
+        true = task.truth.tocoo()
+        pairs = set(zip(task.users[true.row], task.candidates[true.col], strict=True))
+        expected = reference(scores, task.candidates.tolist(), pairs, history, (10,))
+        for metric, values in expected.items():
+            mean = np.mean(list(values.values()))
+            assert rows[split, "published", metric] == pytest.approx(mean, abs=1e-9), (split, metric)
+
+
+def test_what_is_not_published_cannot_be_evaluated(night, capsys):
+    conf = night[2]
+    assert evaluate.main(["--conf", str(conf), "--run-date", "2026-02-01"]) == 1
+    assert "no run of 2026-02-01 has published" in capsys.readouterr().err
+
+
+def split_run(folder, split, items=None):
+    """A published run over a given split."""
+    lake = folder / "lake"
+    texts = {item: f"a text of {item}" for item in split["item_id"]} if items is None else items
+    pairs = split[["user_id", "item_id"]]
+    write_deltalake(str(lake / "interactions"), pa.Table.from_pandas(pairs, preserve_index=False))
+    write_deltalake(str(lake / "items"), pa.table({"item_id": list(texts), "title": list(texts.values())}))
+    write_deltalake(str(lake / "split"), pa.Table.from_pandas(split, preserve_index=False))
+    conf = folder / "split.yaml"
+    body = {"lake": str(lake), "snapshot": {"split": {}}, "evaluate": {"protocol": "random_item", "bootstrap": 20}}
+    conf.write_text(yaml.safe_dump({**body, "spark": {"conf": {"spark.driver.memory": "1g"}}}))
+    run = open_run(load(conf), small.RUN_DATE)
+    execute(run, "snapshot", stage_snapshot(split[split["part"] == "train"], texts))
+    execute(run, "publish", publish)
+    return run
+
+
+@pytest.mark.parametrize("part", ["test", "val"])
+def test_the_random_item_truth_is_that_of_the_papers(tmp_path, spark, part):
+    rng = np.random.default_rng(2)
+    given = pd.DataFrame({"user_id": rng.integers(0, 30, 700), "item_id": rng.integers(0, 60, 700)}).astype(str)
+    split = random_item(given, seed=3)
+    run = split_run(tmp_path, split)
+    settings = run.settings.evaluate.model_copy(update={"part": part})
+    run = replace(run, settings=run.settings.model_copy(update={"evaluate": settings}))
+    catalog = truth.catalog(run)
+    found = truth.read(run, catalog)
+    items_of = split.groupby("part")["item_id"].agg(set)
+    cold_items, warm_items = items_of["cold_val"] | items_of["cold_test"], items_of["train"]
+    pairs = {
+        name: set(rows[["user_id", "item_id"]].itertuples(index=False, name=None))
+        for name, rows in split.groupby("part")
+    }
+    cold, warm = pairs[f"cold_{part}"], pairs[f"warm_{part}"]
+    both = {u for u, _ in cold} & {u for u, _ in warm}
+    known = set().union(*pairs.values()) - cold - warm
+    expected = {
+        "cold": (cold_items, cold),
+        "warm": (warm_items, warm),
+        "overall": (cold_items | warm_items, {p for p in cold | warm if p[0] in both}),
+    }
+    assert list(found.tasks) == ["overall", "cold", "warm"]
+    for name, (candidates, true) in expected.items():
+        task = found.tasks[name]
+        assert {catalog.item_ids[i] for i in task.candidates} == candidates
+        assert pairs_of(task, catalog) == true
+        masked = task.masked.tocoo()
+        users, items = task.users[masked.row], task.candidates[masked.col]
+        got = {(catalog.user_ids[u], catalog.item_ids[i]) for u, i in zip(users, items, strict=True)}
+        assert got == {p for p in known if p[0] in {u for u, _ in true} and p[1] in candidates}
+
+
+def test_an_item_that_is_cold_and_warm_is_an_error(tmp_path, spark):
+    split = random_item(pd.DataFrame({"user_id": ["a", "b"] * 20, "item_id": [str(i // 2) for i in range(40)]}), seed=1)
+    split.loc[split.index[split["part"] == "cold_val"][0], "part"] = "warm_val"
+    run = split_run(tmp_path, split)
+    with pytest.raises(ContractError, match="table 'split': 1 items are in a cold part and in a warm one"):
+        truth.read(run, truth.catalog(run))
+
+
+def test_a_real_split_gives_the_users_and_floors_of_its_papers(tmp_path, spark, shared_data):
+    folder = shared_data / "citeulike-a"
+    items = pd.read_parquet(folder / "items.parquet").set_index("item_id")["title"].to_dict()
+    run = split_run(tmp_path, pd.read_parquet(folder / "split.parquet"), items)
+    facts = execute(run, "evaluate", evaluate.run)
+    splits = facts["truth"]["splits"]
+    assert splits["overall"]["users"] == 4085
+    assert splits["cold"]["candidates"] == 3396
+    assert (splits["cold"]["pairs"], splits["warm"]["pairs"]) == (20_158, 16_482)
+    cold = facts["summary"]["cold"]
+    assert cold["random"]["ndcg@20"] < 0.01
+    assert 0.05 < cold["text_knn"]["ndcg@20"] < 0.2
+    assert facts["summary"]["warm"]["popularity"]["ndcg@20"] > 3 * facts["summary"]["warm"]["random"]["ndcg@20"]
