@@ -1,0 +1,106 @@
+"""The Ray cluster of a run: the one at ray.address, the one this process is part of already, or one started here."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from jobs.settings import RayCluster
+from schemas.errors import ColdRefreshError
+
+_OBJECT_STORE = 256 * 2**20  # bytes; what travels are shards of text and of vectors, a few MB each
+_CONNECT_SECONDS, _ANSWER_SECONDS = 10, 30
+
+
+class ClusterError(ColdRefreshError):
+    """Ray cannot be started or reached: the message names the address and the remedy."""
+
+
+@contextmanager
+def cluster(settings: RayCluster) -> Iterator[None]:
+    """Within it, Ray is initialised in this process.
+
+    Joins the cluster at `settings.address` (inside a Ray job: the job's, which $RAY_ADDRESS names); without an address
+    starts one on this machine, of all its CPUs and GPUs, and stops it at the end. If Ray is initialised already, by the
+    caller or by an enclosing `cluster`, that is used and left as it is. Whoever reaches a cluster may run code on it:
+    Ray's token authentication stays as the environment sets it (RAY_AUTH_MODE).
+
+    Raises:
+        ClusterError: no Ray answers at the address (known within about a minute), or one actor wants more than there is.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = settings.address or os.environ.get("RAY_ADDRESS") or None
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if address and address not in ("auto", "local"):
+        _require_answer(address)
+    # Workers' output is in Ray's own log folder: stdout belongs to the summary.
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        if address and address != "local":
+            ray.init(address=address, **quiet)
+        else:
+            ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE, **quiet)
+    except (Exception, SystemExit) as error:  # Ray ends the process where it gives up on an address
+        where = f"at {address}" if address else "on this machine"
+        raise ClusterError(f"Ray {where} cannot be used: {error}. {_remedy(address)}") from error
+    try:
+        if not address:
+            _require_room(settings)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _remedy(address: str | None) -> str:
+    if address:
+        return (
+            "Start one (`ray start --head`) and name its host:port in ray.address; leave ray.address (and RAY_ADDRESS) "
+            "out to start one here. Both sides need the same Ray version, RAY_AUTH_MODE and token"
+        )
+    return "Ray needs a writable home folder for its token (or RAY_AUTH_MODE=disabled) and a writable /tmp"
+
+
+def _require_answer(address: str) -> None:
+    """Raises ClusterError unless a Ray head node answers: Ray itself would try for minutes, then end the process."""
+    plain = address.removeprefix("ray://")
+    host, _, port = plain.rpartition(":")
+    if not host or not port.isdigit():
+        raise ClusterError(f"ray.address {address!r} is not of the form host:port (or auto)")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ClusterError(f"no Ray cluster answers at {address} ({error}). {_remedy(address)}") from error
+    if address.startswith("ray://"):
+        return
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", plain]
+    try:
+        checked = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise ClusterError(
+            f"something listens at {address}, but it did not answer as a Ray head node within {_ANSWER_SECONDS} s. "
+            f"{_remedy(address)}"
+        ) from None
+    if checked.returncode:
+        said = (checked.stderr or checked.stdout).strip().splitlines()[-1:] or [f"exit status {checked.returncode}"]
+        raise ClusterError(f"the Ray cluster at {address} refuses: {said[0]}. {_remedy(address)}")
+
+
+def _require_room(settings: RayCluster) -> None:
+    """Raises ClusterError if this machine is too small for one actor, which would wait for ever."""
+    import ray
+
+    there = ray.cluster_resources()
+    for name, wanted, key in (
+        ("CPU", settings.cpus_per_actor, "cpus_per_actor"),
+        ("GPU", settings.gpus_per_actor, "gpus_per_actor"),
+    ):
+        if wanted > there.get(name, 0):
+            raise ClusterError(f"ray.{key} is {wanted:g}, but this machine has {there.get(name, 0):g} {name}; lower it")

@@ -1,0 +1,219 @@
+"""Stage text_embeddings: each distinct text of the snapshot through the language model, once.
+
+Vectors are kept in the table `text_embeddings`, by the text's SHA-256 and the model's version. Texts that are not in it
+are sorted by hash and encoded in shards on Ray, and every shard is committed, in order, when it is done: a killed run goes
+on behind its last finished shard with the very shards and batches that were to come.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jobs.lake import Lake
+from jobs.ray_cluster import cluster
+from jobs.run import Run, log
+from jobs.settings import Text
+from jobs.staging import Staging
+from schemas.errors import ColdRefreshError
+from schemas.table import table as schema
+from udfs.actor_pool import map_ordered
+from udfs.encoder_actor import EncoderActor, EncoderSpec
+from udfs.model_files import default_cache
+from udfs.progress import Progress
+
+TABLE = "text_embeddings"
+
+
+class TextEmbeddingsError(ColdRefreshError):
+    """A text's vector is missing, or vectors do not fit together: the message says how many and the remedy."""
+
+
+def encoder_spec(text: Text) -> EncoderSpec:
+    """The model that the settings name, as workers and `udfs.text_encoder.TextEncoder` want it."""
+    return EncoderSpec(
+        model=text.model,
+        sha256=text.sha256,
+        pooling=text.pooling,
+        max_tokens=text.max_tokens,
+        batch_tokens=text.batch_tokens,
+        dtype=text.dtype,
+        cache=str(default_cache()),
+    )
+
+
+def model_version(text: Text) -> str:
+    """The version of the embeddings that these settings give; the weights are hashed, not loaded.
+
+    Raises:
+        udfs.model_files.ModelError: the model is missing or is not the expected one.
+    """
+    return encoder_spec(text).resolve().version
+
+
+def run(run: Run, out: Staging) -> dict[str, Any]:
+    """Facts: model_version, width, texts (distinct), encoded (now), cached (before).
+
+    Raises:
+        udfs.model_files.ModelError: the model is missing or is not the expected one.
+        jobs.ray_cluster.ClusterError, udfs.actor_pool.WorkerError: Ray or a worker failed.
+        TextEmbeddingsError: vectors are missing after all.
+    """
+    model = encoder_spec(run.settings.text).resolve()
+    version = model.version
+    wanted = _distinct(run.staging("snapshot").read("items_labelled", ["text_sha256"])["text_sha256"])
+    cache = _Cache.open(run.lake, version)
+    pending = wanted.filter(pc.invert(pc.is_in(wanted, value_set=cache.shas))) if len(wanted) else wanted
+    if len(pending):
+        _encode(run, version, cache, pending)
+        cache = _Cache.open(run.lake, version)
+        lost = len(wanted) - pc.sum(pc.is_in(wanted, value_set=cache.shas)).as_py()
+        if lost:
+            raise TextEmbeddingsError(f"table '{TABLE}' lacks {lost} of {len(wanted)} texts of {version}; run again")
+    else:
+        log(f"[{TABLE}] all {len(wanted)} texts have their vectors under {version}: nothing is encoded")
+    return {
+        "model_version": version,
+        "width": model.width,
+        "texts": len(wanted),
+        "encoded": len(pending),
+        "cached": len(wanted) - len(pending),
+    }
+
+
+def load(run: Run, shas: list[str], model_version: str) -> np.ndarray:
+    """The vectors of texts, [len(shas), width] float32, in the order of `shas` (which may repeat).
+
+    The table is streamed: beside the result, one batch of it is in memory. Of no texts: [0, 0].
+
+    Raises:
+        TextEmbeddingsError: a text has no vector under `model_version`, or vectors differ in width.
+    """
+    asked = pa.array(shas, pa.string())
+    names = asked.unique()
+    vectors, seen = np.empty((len(names), 0), np.float32), np.zeros(len(names), bool)
+    for batch in _scan(run.lake, model_version, ["text_sha256", "embedding"]):
+        place = pc.index_in(batch["text_sha256"], value_set=names)
+        found = batch.filter(place.is_valid())
+        if not found.num_rows:
+            continue
+        part = _matrix(found["embedding"])
+        if not vectors.shape[1]:
+            vectors = np.empty((len(names), part.shape[1]), np.float32)
+        if part.shape[1] != vectors.shape[1]:
+            raise TextEmbeddingsError(
+                f"table '{TABLE}' holds vectors of {vectors.shape[1]} and {part.shape[1]} numbers under {model_version}"
+            )
+        rows = place.drop_null().to_numpy()
+        vectors[rows], seen[rows] = part, True
+    if not seen.all():
+        missing = np.flatnonzero(~seen)
+        raise TextEmbeddingsError(
+            f"table '{TABLE}' lacks {len(missing)} of {len(names)} texts under {model_version} "
+            f"(the first: {names[int(missing[0])]}); run the stage text_embeddings"
+        )
+    # `names` are in the order of their first appearance: without repetitions they are `asked`.
+    return vectors if len(names) == len(asked) else vectors[pc.index_in(asked, value_set=names).to_numpy()]
+
+
+@dataclass(frozen=True)
+class _Cache:
+    """What the table holds of one model at one version of the table (None: there is no table yet)."""
+
+    lake: Lake
+    at: int | None
+    shas: pa.Array
+
+    @classmethod
+    def open(cls, lake: Lake, model_version: str) -> _Cache:
+        if not lake.exists(TABLE):
+            return cls(lake, None, pa.array([], pa.string()))
+        at = lake.version(TABLE)
+        rows = lake.read(TABLE, columns=["text_sha256"], version=at, model_version=model_version)
+        return cls(lake, at, rows["text_sha256"].combine_chunks())
+
+    def sequences(self, apps: list[str]) -> list[int]:
+        """The transaction number that each of `apps` may use next.
+
+        Usually 0. A shard that was committed before and is not in the table any more (rows were deleted) gets a higher
+        one, so that it is written again; one that another run commits meanwhile is not.
+        """
+        if self.at is None:
+            return [0] * len(apps)
+        table = self.lake.table(TABLE, self.at)
+        done = [table.transaction_version(app) for app in apps]
+        return [0 if number is None else number + 1 for number in done]
+
+
+def _encode(run: Run, version: str, cache: _Cache, pending: pa.Array) -> None:
+    """Encode and commit the texts whose hashes are `pending` (sorted)."""
+    text, ray = run.settings.text, run.settings.ray
+    size = text.shard_texts
+    shards = [pending.slice(start, size) for start in range(0, len(pending), size)]
+    apps = [f"{TABLE}/{version}/{_digest(shard)}" for shard in shards]
+    sequences = cache.sequences(apps)
+    content = _texts(run.staging("snapshot"), pending, text.max_tokens)
+    log(f"[{TABLE}] {len(pending)} texts in {len(shards)} shards through {version}")
+    worker = (encoder_spec(text), version, "cuda" if ray.gpus_per_actor > 0 else "cpu")
+    actors = min(ray.actors, len(shards))
+    lists = (content.slice(start, size).to_pylist() for start in range(0, len(pending), size))
+    with cluster(ray), Progress(TABLE, len(pending), "texts") as progress:
+        encoded = map_ordered(
+            EncoderActor, worker, lists, actors=actors, cpus=ray.cpus_per_actor, gpus=ray.gpus_per_actor
+        )
+        for shard, app, sequence, vectors in zip(shards, apps, sequences, encoded, strict=True):
+            run.lake.commit(TABLE, _rows(shard, version, vectors), app=app, sequence=sequence)
+            progress.advance(len(shard))
+
+
+def _distinct(shas: pa.ChunkedArray) -> pa.Array:
+    """The distinct hashes, sorted; nulls (items without any text) left out."""
+    distinct = pc.unique(shas.drop_null())
+    return distinct.take(pc.sort_indices(distinct))
+
+
+def _texts(snapshot: Staging, shas: pa.Array, max_tokens: int) -> pa.Array:
+    """The texts with these hashes, in their order, cut to what an encoder of `max_tokens` can read."""
+    from udfs.text_encoder import CHARACTERS_A_TOKEN  # torch and transformers: only where something is encoded
+
+    items = snapshot.read("items_labelled", ["content", "text_sha256"])
+    first = pc.index_in(shas, value_set=items["text_sha256"])
+    # 64-bit offsets: all texts of a shop may be more than 2 GB.
+    content = items["content"].cast(pa.large_string()).take(first)
+    return pc.utf8_slice_codeunits(content, 0, max_tokens * CHARACTERS_A_TOKEN).combine_chunks()
+
+
+def _digest(shard: pa.Array) -> str:
+    """What a shard is: the hash of its texts' hashes."""
+    return hashlib.sha256("".join(shard.to_pylist()).encode()).hexdigest()[:32]
+
+
+def _rows(shard: pa.Array, version: str, vectors: np.ndarray) -> pa.Table:
+    """Rows of the table from `vectors` [len(shard), width] float32."""
+    embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+    columns = {"text_sha256": shard, "model_version": [version] * len(shard), "embedding": embedding}
+    return schema(TABLE).conform(pa.table(columns))
+
+
+def _scan(lake: Lake, model_version: str, columns: list[str]) -> Iterator[pa.Table]:
+    """Batches of the rows of one model."""
+    if not lake.exists(TABLE):
+        return
+    types = pa.schema([schema(TABLE).arrow_schema.field(name) for name in columns])
+    reader = lake.table(TABLE).scan(columns=columns, predicate=f"model_version = '{model_version}'")
+    for batch in pa.RecordBatchReader.from_stream(reader):
+        yield pa.table(batch).cast(types)
+
+
+def _matrix(embedding: pa.ChunkedArray) -> np.ndarray:
+    """[rows, width] float32 from a column of lists, without a Python object for any number."""
+    lengths = pc.unique(pc.list_value_length(embedding))
+    if len(lengths) != 1 or not lengths[0].as_py():
+        raise TextEmbeddingsError(f"table '{TABLE}' holds vectors of different widths {lengths.to_pylist()}")
+    return pc.list_flatten(embedding).to_numpy().reshape(len(embedding), lengths[0].as_py())

@@ -1,0 +1,154 @@
+"""Texts -> vectors with a frozen language model: an encoder pooled as its configuration says, or a causal LM's last token.
+
+Batching changes only how sums are rounded: one text's float32 vector differs by less than 1e-5 (relative to its length)
+between batches, sides of padding and orders of input; bfloat16 vectors by about 1e-2. The same call on the same machine
+gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from udfs.encoder_recipe import Recipe, read_recipe
+from udfs.model_files import ModelError
+
+# More characters than any sensible text has per token: what is cut here would be truncated as tokens anyway.
+CHARACTERS_A_TOKEN = 64
+
+
+def readable(text: str, max_tokens: int) -> str:
+    """What the encoder reads of `text`: at most 64 characters a token, so that a text of 10 MB costs no more than a page.
+
+    Lone surrogates, which no tokenizer takes, become U+FFFD.
+    """
+    cut = text[: max_tokens * CHARACTERS_A_TOKEN]
+    return cut.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+class TextEncoder:
+    """A model in memory. `width` is the length of its vectors."""
+
+    def __init__(
+        self,
+        directory: Path | str,
+        *,
+        pooling: Literal["auto", "mean", "last_token", "cls"] = "auto",
+        max_tokens: int = 128,
+        batch_tokens: int = 8192,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        device: str = "cpu",
+        padding_side: Literal["left", "right"] = "right",
+    ) -> None:
+        """Load the model of `directory` (config.json, safetensors, tokenizer; see `udfs.model_files.find_model`).
+
+        Args:
+            batch_tokens: tokens of a batch, padding included.
+            device: where torch runs: cpu, cuda, cuda:1.
+            padding_side: the result does not depend on it (beyond rounding).
+
+        Raises:
+            ModelError: the files cannot be loaded, or name a pooling that is not known here.
+        """
+        self.recipe: Recipe = read_recipe(Path(directory), pooling=pooling, max_tokens=max_tokens, dtype=dtype)
+        self.batch_tokens, self.device, self.padding_side = batch_tokens, device, padding_side
+        safe: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(directory, **safe)
+            self._model = AutoModel.from_pretrained(
+                directory, dtype=getattr(torch, dtype), use_safetensors=True, **safe
+            )
+        except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+            raise ModelError(f"the model in {directory} cannot be loaded: {error}") from error
+        self._model.eval().to(device)
+        self._tokenizer.truncation_side = "right"
+        special = [self._tokenizer.pad_token_id, self._tokenizer.eos_token_id, self._tokenizer.bos_token_id]
+        # Padding is masked, so which token pads does not matter; one that exists is needed.
+        self._pad = next((token for token in special if token is not None), 0)
+        self._empty = next((token for token in reversed(special) if token is not None), 0)
+
+    @property
+    def width(self) -> int:
+        return self.recipe.width
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """The vectors of `texts`, [n, width] float32, in their order. An empty text has a vector too.
+
+        Raises:
+            ModelError: a vector is not finite (weights that overflow in this dtype).
+        """
+        vectors = np.empty((len(texts), self.width), np.float32)
+        tokens = self._tokens(texts)
+        for rows in batches([len(ids) for ids in tokens], self.batch_tokens):
+            vectors[rows] = self._forward([tokens[row] for row in rows])
+        broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+        if broken.size:
+            raise ModelError(
+                f"{broken.size} of {len(texts)} vectors are not finite in {self.recipe.dtype}; set text.dtype: float32"
+            )
+        return vectors
+
+    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        if not len(texts):
+            return []
+        clean = [readable(text, self.recipe.max_tokens) for text in texts]
+        if self.recipe.lowercase:
+            clean = [text.lower() for text in clean]
+        ids = self._tokenizer(
+            clean, truncation=True, max_length=self.recipe.max_tokens, return_attention_mask=False, verbose=False
+        )["input_ids"]
+        return [list(row) or [self._empty] for row in ids]
+
+    def _forward(self, tokens: list[list[int]]) -> np.ndarray:
+        """Vectors of one batch, [n, width] float32."""
+        longest = max(len(ids) for ids in tokens)
+        ids = torch.full((len(tokens), longest), self._pad, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, one in enumerate(tokens):
+            where = slice(longest - len(one), None) if self.padding_side == "left" else slice(None, len(one))
+            ids[row, where] = torch.tensor(one)
+            mask[row, where] = 1
+        inputs: dict[str, Any] = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+        if self.padding_side == "left":
+            # Positions count from the text's first token, not from the padding.
+            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0).to(self.device)
+        if getattr(self._model.config, "use_cache", None):
+            inputs["use_cache"] = False
+        with torch.inference_mode():
+            hidden = self._model(**inputs).last_hidden_state
+            pooled = pool(hidden.float(), inputs["attention_mask"], self.recipe.pooling)
+            if self.recipe.normalize:
+                pooled = torch.nn.functional.normalize(pooled, dim=1)
+        return pooled.cpu().numpy()
+
+
+def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: Literal["mean", "last_token", "cls"]) -> torch.Tensor:
+    """One vector a row, [n, width], from hidden states [n, tokens, width] and the mask [n, tokens] of real tokens.
+
+    The tokens of a row are contiguous; padding may be on either side, and what stands there is never read.
+    """
+    rows = torch.arange(len(mask), device=mask.device)
+    first = mask.argmax(dim=1)  # of equal values, the first
+    if pooling == "cls":
+        return hidden[rows, first]
+    if pooling == "last_token":
+        return hidden[rows, first + mask.sum(dim=1) - 1]
+    kept = hidden.masked_fill(mask.unsqueeze(-1) == 0, 0.0)
+    return kept.sum(dim=1) / mask.sum(dim=1, keepdim=True)
+
+
+def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Row numbers of each batch: of similar length, longest first, at most `batch_tokens` with padding (or one row)."""
+    batch: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda r: (-lengths[r], r)):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
