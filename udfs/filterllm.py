@@ -1,0 +1,133 @@
+"""FilterLLM (arXiv 2502.16924): an item's text to a distribution over all users, p(u | c) = softmax_u(s * (g . z_u + b_u)).
+
+g is the mapped hidden state of the language model, z_u a row of the user vocabulary, b_u an optional bias, and s a scale that
+calibrates p on warm items that training did not see. The space is as narrow as the CF embeddings that the vocabulary starts
+from, so that a vocabulary of millions of users fits.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import nn
+
+from schemas.errors import ColdRefreshError
+
+
+class FilterLLMError(ColdRefreshError):
+    """A saved FilterLLM is not what its configuration says, or does not fit the texts it is given."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Shapes and kind of a model."""
+
+    width: int  # of the hidden states
+    dimension: int  # of g and of the user vocabulary
+    users: int
+    mapper: Literal["linear", "linear_relu", "mlp"] = "mlp"
+    hidden: int = 512  # of the mlp
+    dropout: float = 0.1  # of the mlp
+    noise: float = 0.0  # standard deviation, on the standardised hidden state; mlp, in training only
+    user_bias: bool = True
+
+
+class FilterLLM(nn.Module):
+    """Mapper and user vocabulary; the language model itself is outside.
+
+    Parameters: mapper.*, vocabulary [users, dimension], bias [users] if config.user_bias. Buffers: mean, std [width] (the
+    hidden states are standardised with them), scale [] (1 until calibrated). All float32.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        if config.mapper == "linear":
+            self.mapper: nn.Module = nn.Linear(config.width, config.dimension)
+        elif config.mapper == "linear_relu":
+            self.mapper = nn.Sequential(nn.Linear(config.width, config.dimension), nn.ReLU())
+        else:
+            self.mapper = nn.Sequential(
+                nn.Linear(config.width, config.hidden),
+                nn.ReLU(),
+                nn.Dropout(config.dropout),
+                nn.Linear(config.hidden, config.dimension),
+            )
+        self.vocabulary = nn.Parameter(torch.zeros(config.users, config.dimension))
+        self.bias = nn.Parameter(torch.zeros(config.users)) if config.user_bias else None
+        self.register_buffer("mean", torch.zeros(config.width))
+        self.register_buffer("std", torch.ones(config.width))
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """g [B, dimension] of hidden states [B, width], before the scale."""
+        hidden = (hidden - self.mean) / self.std
+        if self.training and self.config.mapper == "mlp" and self.config.noise > 0:
+            hidden = hidden + self.config.noise * torch.randn_like(hidden)
+        return self.mapper(hidden)
+
+    @torch.inference_mode()
+    def queries(self, hidden: np.ndarray) -> np.ndarray:
+        """s * g [n, dimension] float32 of hidden states [n, width]: its product with `keys` is the calibrated logit.
+
+        Raises:
+            FilterLLMError: the hidden states have another width.
+        """
+        if hidden.ndim != 2 or hidden.shape[1] != self.config.width:
+            raise FilterLLMError(
+                f"the model was trained on text embeddings of width {self.config.width}, these have shape "
+                f"{hidden.shape}: encode the texts with the language model that it was trained with"
+            )
+        self.eval()
+        device = self.vocabulary.device
+        blocks = [
+            self(torch.from_numpy(np.array(hidden[start : start + 4096], np.float32)).to(device)) * self.scale
+            for start in range(0, len(hidden), 4096)
+        ]
+        return torch.cat(blocks).cpu().numpy() if blocks else np.zeros((0, self.config.dimension), np.float32)
+
+    def keys(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """The user vocabulary [users, dimension] and s * bias [users] (None without a bias), float32."""
+        bias = None if self.bias is None else (self.bias.detach() * self.scale).cpu().numpy()
+        return self.vocabulary.detach().cpu().numpy(), bias
+
+
+def dump(model: FilterLLM) -> dict[str, bytes]:
+    """The model as files: model.safetensors and config.json."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    body = json.dumps(asdict(model.config), indent=1, sort_keys=True)
+    return {"model.safetensors": safetensors.torch.save(tensors), "config.json": body.encode()}
+
+
+def load(files: dict[str, bytes]) -> FilterLLM:
+    """The model of `dump`'s files, in evaluation mode.
+
+    Raises:
+        FilterLLMError: a file is unreadable, a tensor is absent, unexpected, of another shape or type, or not finite.
+    """
+    try:
+        fields: dict[str, Any] = json.loads(files["config.json"])
+        model = FilterLLM(Config(**fields))
+        tensors = safetensors.torch.load(files["model.safetensors"])
+    except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+        raise FilterLLMError(f"a saved FilterLLM cannot be read: {error}; remove its folder and train again") from error
+    expected = model.state_dict()
+    wrong = [
+        f"{name}: {_facts(tensors.get(name))}, expected {_facts(expected.get(name))}"
+        for name in sorted(expected.keys() | tensors.keys())
+        if _facts(tensors.get(name)) != _facts(expected.get(name))
+    ]
+    wrong += [f"{name}: holds a value that is not finite" for name, t in tensors.items() if not torch.isfinite(t).all()]
+    if wrong:
+        raise FilterLLMError("; ".join(["a saved FilterLLM is not what its config.json says", *wrong, "train again"]))
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+def _facts(tensor: torch.Tensor | None) -> str:
+    return "absent" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
