@@ -1,0 +1,206 @@
+"""The DAGs on a real Airflow: parsing, structure, dates, quoting, a failed gate, a backfill, and a whole night."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sqlite3
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.lake import Lake
+from jobs.run import OUTPUTS, STAGES, TRAINING_STAGES
+from tests import airflow_home
+from tests.airflow_home import ROOT, AirflowHome
+from tests.small_lake import SmallLake
+
+_PARSE = """
+import json, sys, time
+from datetime import timedelta
+sys.path.append(sys.argv[1])
+from airflow.dag_processing.dagbag import DagBag
+before, begun = set(sys.modules), time.perf_counter()
+bag = DagBag(sys.argv[1])
+seconds = time.perf_counter() - begun
+def describe(dag):
+    return {
+        "tasks": [t.task_id for t in dag.topological_sort()],
+        "retries": {t.task_id: t.retries for t in dag.tasks},
+        "untimed": [t.task_id for t in dag.tasks if not t.execution_timeout],
+        "eager": [t.task_id for t in dag.tasks if t.retries and t.retry_delay < timedelta(minutes=1)],
+        "xcom": [t.task_id for t in dag.tasks if getattr(t, "do_xcom_push", False)],
+        "outlets": {t.task_id: [a.uri for a in t.outlets] for t in dag.tasks if t.outlets},
+        "max_active_runs": dag.max_active_runs,
+        "catchup": dag.catchup,
+    }
+found = {
+    "errors": bag.import_errors,
+    "seconds": seconds,
+    "engines": sorted({m.split(".")[0] for m in set(sys.modules) - before} & {"pyspark", "ray", "torch", "deltalake", "jobs"}),
+    "dags": {name: describe(dag) for name, dag in bag.dags.items()},
+    "consumed": [a.uri for a in bag.dags["ranker"].timetable.asset_condition.objects],
+}
+print("\\n" + json.dumps(found))
+"""
+
+_DATES = """
+import json, sys
+from datetime import UTC, datetime, timedelta, timezone
+sys.path.append(sys.argv[1])
+import cold_refresh_commands as commands
+def ask(params, start, days=1):
+    try:
+        return commands.run_date(params, start, days)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+east = timezone(timedelta(hours=9))
+print("\\n" + json.dumps([
+    ask({"run_date": None}, datetime(2026, 2, 28, tzinfo=UTC)),
+    ask({"run_date": None}, datetime(2026, 3, 1, 9, tzinfo=east)),
+    ask({"run_date": None}, datetime(2026, 2, 21, 12, tzinfo=UTC), 7),
+    ask({"run_date": "2017-11-01"}, datetime(2026, 2, 28, tzinfo=UTC)),
+    ask({"run_date": None}, None),
+    ask({"run_date": "2026-02-30"}, None),
+    ask({"run_date": "2026-01-01; touch x"}, None),
+]))
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> AirflowHome:
+    return airflow_home.make(tmp_path_factory.mktemp("airflow"))
+
+
+@pytest.fixture(scope="module")
+def parsed(home: AirflowHome) -> dict[str, Any]:
+    return _last_json(home.run(sys.executable, "-c", _PARSE, str(ROOT / "dags"), COLD_REFRESH_LAKE="s3://shop/lake"))
+
+
+def _last_json(ended: subprocess.CompletedProcess[str]) -> Any:
+    assert ended.returncode == 0, ended.stdout[-4000:]
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def _query(home: AirflowHome, sql: str) -> list[tuple[Any, ...]]:
+    with sqlite3.connect(home.folder / "airflow.db", timeout=60) as database:
+        return database.execute(sql).fetchall()
+
+
+def test_dags_parse_fast_and_without_the_engines(parsed: dict[str, Any]) -> None:
+    assert parsed["errors"] == {}
+    assert set(parsed["dags"]) == {"cold_refresh_nightly", "cold_refresh_training", "ranker"}
+    assert parsed["engines"] == []
+    assert parsed["seconds"] < 10
+
+
+def test_the_tasks_are_the_stages_in_order(parsed: dict[str, Any]) -> None:
+    assert parsed["dags"]["cold_refresh_nightly"]["tasks"] == list(STAGES)
+    assert parsed["dags"]["cold_refresh_training"]["tasks"] == list(TRAINING_STAGES)
+
+
+def test_every_task_is_timed_and_retried_but_the_gates(parsed: dict[str, Any]) -> None:
+    for dag in parsed["dags"].values():
+        assert dag["untimed"] == []
+        assert dag["eager"] == []
+        assert dag["max_active_runs"] == 1
+        assert dag["catchup"] is False
+        assert [task for task, retries in dag["retries"].items() if not retries] in ([], ["gates"])
+    assert parsed["dags"]["cold_refresh_nightly"]["retries"]["gates"] == 0
+    assert parsed["dags"]["cold_refresh_nightly"]["xcom"] == []
+
+
+def test_only_publishing_emits_the_assets_that_the_ranker_waits_for(parsed: dict[str, Any]) -> None:
+    uris = [f"s3://shop/lake/{table}" for table in OUTPUTS]
+    assert parsed["dags"]["cold_refresh_nightly"]["outlets"] == {"publish": uris}
+    assert parsed["dags"]["cold_refresh_training"]["outlets"] == {}
+    assert sorted(parsed["consumed"]) == sorted(uris)
+
+
+def test_the_run_date_is_the_day_on_which_the_interval_ends(home: AirflowHome) -> None:
+    found = _last_json(home.run(sys.executable, "-c", _DATES, str(ROOT / "dags")))
+    assert found[:4] == ["2026-03-01", "2026-03-02", "2026-02-28", "2017-11-01"]
+    assert found[4] == "AirflowFailException: this run has no data interval: trigger it with the parameter run_date"
+    assert all("is no date; expected YYYY-MM-DD" in error for error in found[5:])
+
+
+def test_overrides_reach_the_job_as_they_are(home: AirflowHome, tmp_path: Path) -> None:
+    """The command is run by bash, as a task runs it, with `echo` for the jobs' Python."""
+    prompt = "text.prompt=$(touch pwned) `touch pwned`; touch pwned 'a' \"b\""
+    code = "import sys; sys.path.append(sys.argv[1]); import cold_refresh_commands as c; print('\\n' + c.stage('cf', '2026-03-01'))"
+    settings = {
+        "COLD_REFRESH_HOME": str(tmp_path),
+        "COLD_REFRESH_PYTHON": "echo",
+        "COLD_REFRESH_SET": shlex.join(["sampling.k=5", prompt]),
+    }
+    printed = home.run(sys.executable, "-c", code, str(ROOT / "dags"), **settings)
+    assert printed.returncode == 0, printed.stdout
+    said = subprocess.run(["bash", "-c", printed.stdout.splitlines()[-1]], capture_output=True, text=True, check=True)
+    expected = f"--conf conf/demo.yaml --run-date 2026-03-01 --set sampling.k=5 --set {prompt} --stage cf"
+    assert said.stdout.strip() == f"-m jobs.cold_refresh {expected}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_gate_fails_the_run_and_nothing_after_it_runs(home: AirflowHome, tmp_path: Path) -> None:
+    """A script in place of the jobs' Python: it notes what it is asked for, and ends the gates with status 1."""
+    script = tmp_path / "python"
+    script.write_text(f'#!/bin/bash\necho "$*" >> {tmp_path}/asked\n[[ "$*" != *"--stage gates"* ]]\n')
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    options = {"COLD_REFRESH_PYTHON": str(script), "COLD_REFRESH_CONF": "a b.yaml"}
+    conf = json.dumps({"run_date": "2017-11-01"})
+    ended = home.airflow("dags", "test", "cold_refresh_nightly", "2026-02-01", "--conf", conf, **options)
+    assert ended.returncode == 1, ended.stdout[-4000:]
+    asked = (tmp_path / "asked").read_text().splitlines()
+    until = STAGES[: STAGES.index("gates") + 1]
+    assert asked == [f"-m jobs.cold_refresh --conf a b.yaml --run-date 2017-11-01 --stage {name}" for name in until]
+    assert _query(home, "SELECT count(*) FROM asset_event") == [(0,)]
+
+
+def test_backfill_creates_a_run_for_each_night(home: AirflowHome) -> None:
+    serialized = home.airflow("dags", "reserialize")
+    assert serialized.returncode == 0, serialized.stdout[-4000:]
+    between = ["--from-date", "2026-01-01", "--to-date", "2026-01-02", "--max-active-runs", "1"]
+    created = home.airflow(
+        *["backfill", "create", "--dag-id", "cold_refresh_nightly", *between, "--reprocess-behavior", "completed"]
+    )
+    assert created.returncode == 0, created.stdout[-4000:]
+    intervals = _query(
+        home,
+        "SELECT substr(data_interval_start, 1, 16), substr(data_interval_end, 1, 16) FROM dag_run "
+        "WHERE dag_id = 'cold_refresh_nightly' AND run_type = 'backfill' ORDER BY logical_date",
+    )
+    assert intervals == [("2026-01-01 00:00", "2026-01-02 00:00"), ("2026-01-02 00:00", "2026-01-03 00:00")]
+
+
+def test_a_night_by_airflow_and_a_ranker_that_reads_it(home: AirflowHome, small_lake: SmallLake) -> None:
+    """`dags test D` covers [D - 1, D), so it refreshes with --run-date D."""
+    day = small_lake.run_date.isoformat()
+    options = {
+        "COLD_REFRESH_PYTHON": sys.executable,
+        "COLD_REFRESH_CONF": str(small_lake.conf),
+        "COLD_REFRESH_LAKE": str(small_lake.lake),
+    }
+    ended = home.airflow("dags", "test", "cold_refresh_nightly", day, timeout=550, **options)
+    assert ended.returncode == 0, ended.stdout[-8000:]
+    runs = Lake(str(small_lake.lake)).read("runs", refresh_date=day).to_pylist()
+    assert sorted(row["stage"] for row in runs) == sorted(["open", *STAGES])
+    published = next(row for row in runs if row["stage"] == "publish")
+    versions = json.loads(published["output_versions"])
+    events = _query(home, "SELECT a.uri, e.extra FROM asset_event e JOIN asset a ON a.id = e.asset_id")
+    assert {uri: json.loads(extra) for uri, extra in events} == {
+        (small_lake.lake / table).as_uri(): {
+            "table": table,
+            "version": versions[table],
+            "date": day,
+            "run_id": published["run_id"],
+            "lake": str(small_lake.lake),
+        }
+        for table in OUTPUTS
+    }
+    read = home.airflow("dags", "test", "ranker", "--conf", json.dumps({"date": day}), **options)
+    assert read.returncode == 0, read.stdout[-8000:]
+    assert published["run_id"] in read.stdout
