@@ -19,7 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs import cli, truth
-from jobs.run import Run, execute, log, parse_run_date
+from jobs.lake import Lake
+from jobs.published import NotPublishedError, Published
+from jobs.run import OUTPUTS, Run, execute, log, parse_run_date
 from jobs.settings import Settings
 from jobs.staging import Staging
 from jobs.truth import Catalog, Truth
@@ -32,10 +34,6 @@ from udfs.vectors import Matrix, from_column
 
 #: The order in which systems are shown: ours, then the floors.
 SYSTEMS = ("published", "distribution", "text_knn", "popularity", "random")
-
-
-class NotPublished(ColdRefreshError):
-    """There is nothing to evaluate: the message names the date and the remedy."""
 
 
 def run(run: Run, out: Staging) -> dict[str, Any]:
@@ -105,10 +103,15 @@ class _Systems:
         self.run, self.catalog = run, catalog
         facts = run.recorded()
         if "publish" not in facts:
-            raise NotPublished(f"run {run.run_id} of {run.run_date} has published nothing: run its stage publish first")
+            raise NotPublishedError(
+                f"run {run.run_id} of {run.run_date} has published nothing: run its stage publish first"
+            )
         self.facts = facts
-        self.users, self.users_known = self._published("user_embeddings", "user_id", catalog.user_ids)
-        self.items, self.items_known = self._published("item_embeddings", "item_id", catalog.item_ids)
+        versions = {name: int(facts["publish"]["output_versions"][name]) for name in OUTPUTS}
+        space = facts["publish"]["space_version"]
+        published = Published(run.run_id, run.run_date, run.sequence, versions, space, run.lake)
+        self.users, self.users_known = _vectors(published.user_embeddings(), "user_id", catalog.user_ids)
+        self.items, self.items_known = _vectors(published.item_embeddings(), "item_id", catalog.item_ids)
         if self.users.shape[1] != self.items.shape[1]:
             raise ColdRefreshError(
                 f"run {run.run_id}: user_embeddings have {self.users.shape[1]} dimensions and item_embeddings "
@@ -129,18 +132,6 @@ class _Systems:
         yield "text_knn", floors.text_knn_scorer(self.texts, c.history, candidates)
         yield "popularity", floors.popularity_scorer(c.interactions, candidates)
         yield "random", floors.random_scorer(self.user_hashes, self.item_hashes, candidates)
-
-    def _published(self, name: str, key: str, ids: list[str]) -> tuple[Matrix, np.ndarray]:
-        """The vectors [n, d] of `ids` as readers see them, zeros where there is none, and which there are [n]."""
-        version = self.facts["publish"]["output_versions"][name]
-        columns = [key, "embedding", "run_id"]
-        table = self.run.lake.read(name, columns=columns, version=version, refresh_date=self.run.run_date)
-        table = table.filter(pc.equal(table["run_id"], self.run.run_id))
-        vectors = from_column(table["embedding"])
-        at, known = _positions(ids, table[key])
-        found = np.zeros((len(ids), vectors.shape[1]), np.float32)
-        found[known] = vectors[at[known]]
-        return found, known
 
     def _distribution(self, task: Task) -> Scorer:
         """log p(u | c) of the run's model; the raw logit if evaluate.normalize_by_item is false."""
@@ -167,6 +158,15 @@ class _Systems:
         )
 
 
+def _vectors(table: pa.Table, key: str, ids: list[str]) -> tuple[Matrix, np.ndarray]:
+    """The vectors [n, d] of `ids`, zeros where there is none, and which there are [n]."""
+    vectors = from_column(table["embedding"])
+    at, known = _positions(ids, table[key])
+    found = np.zeros((len(ids), vectors.shape[1]), np.float32)
+    found[known] = vectors[at[known]]
+    return found, known
+
+
 def _positions(ids: list[str], among: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     """Where each id is in `among` (0 where it is not), and whether it is there."""
     found = pc.index_in(pa.array(ids, pa.string()), among.combine_chunks())
@@ -179,13 +179,9 @@ def again(settings: Settings, run_date: date) -> dict[str, Any]:
     """Evaluate what `run_date` published with the truth as the tables are now.
 
     Raises:
-        NotPublished: no run of that date has published.
+        NotPublishedError: no run of that date has published.
     """
     run = published_run(settings, run_date)
-    # Its staged files may have been removed: the snapshot is made again from the versions that the run pinned.
-    from jobs import snapshot
-
-    execute(run, "snapshot", snapshot.run)
     catalog = truth.catalog(run)
     found = truth.read(run, catalog, run.lake.version(settings.inputs.interactions.table))
     app = f"metrics/{run.run_id}/again"
@@ -195,13 +191,17 @@ def again(settings: Settings, run_date: date) -> dict[str, Any]:
 
 
 def published_run(settings: Settings, run_date: date) -> Run:
-    """The latest run of `run_date` that published, with the given settings."""
-    from jobs.lake import Lake
+    """The latest run of `run_date` that published, with the given settings and its snapshot staged.
+
+    Raises:
+        NotPublishedError: there is none.
+    """
+    from jobs import snapshot
 
     rows = Lake(settings.lake, settings.storage_options).read("runs", refresh_date=run_date).to_pylist()
     latest = max((r for r in rows if r["stage"] == "publish"), key=lambda r: r["sequence"], default=None)
     if latest is None:
-        raise NotPublished(
+        raise NotPublishedError(
             f"no run of {run_date} has published in {settings.lake}: run jobs/cold_refresh.py for that date first"
         )
     if latest["conf_hash"] != settings.digest():
@@ -209,7 +209,10 @@ def published_run(settings: Settings, run_date: date) -> Run:
             f"note: run {latest['run_id']} was made with other settings than these; its own data is evaluated with these"
         )
     pinned = json.loads(latest["input_versions"])
-    return Run(settings, run_date, latest["run_id"], latest["sequence"], pinned, latest["conf_hash"])
+    run = Run(settings, run_date, latest["run_id"], latest["sequence"], pinned, latest["conf_hash"])
+    # Its staged files may have been removed since: the snapshot is made again from the versions that the run pinned.
+    execute(run, "snapshot", snapshot.run)
+    return run
 
 
 def main(argv: list[str] | None = None) -> int:

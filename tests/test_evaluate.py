@@ -18,6 +18,7 @@ from jobs import evaluate, truth
 from jobs.run import execute, open_run
 from jobs.settings import load
 from schemas.errors import ContractError
+from schemas.table import table as schema
 from tests import small_lake as small
 from tests.test_ranking_metrics import reference
 from udfs.splits import random_item, temporal
@@ -47,12 +48,13 @@ def publish(run, out):
 
     users_table = table("user_id", users)
     items_table = table("item_id", items, source="cf", interactions=1, updated_at=run.midnight)
-    return {
-        "output_versions": {
-            "user_embeddings": run.lake.commit("user_embeddings", users_table, app="t/users"),
-            "item_embeddings": run.lake.commit("item_embeddings", items_table, app="t/items"),
-        }
+    sampled = schema("sampled_interactions").arrow_schema.empty_table()
+    versions = {
+        "user_embeddings": run.lake.commit("user_embeddings", users_table, app="t/users"),
+        "item_embeddings": run.lake.commit("item_embeddings", items_table, app="t/items"),
+        "sampled_interactions": run.lake.commit("sampled_interactions", sampled, app="t/sampled"),
     }
+    return {"output_versions": versions, "space_version": "s"}
 
 
 def random_vectors(n):

@@ -49,7 +49,7 @@ def distribution_scorer(
         user_known: [U], False for users outside the vocabulary: they are in no sum and score -inf.
         normalize: False ranks by the logit.
     """
-    absent = np.isnan(queries).any(axis=1)
+    absent = np.asarray(np.isnan(queries).any(axis=1))
     usable = np.where(absent[:, None], 0, queries).astype(np.float32)
     offsets = np.zeros(len(keys), np.float32) if bias is None else bias
     normaliser = np.zeros(len(queries), np.float32)

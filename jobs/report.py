@@ -1,0 +1,285 @@
+"""Stage `report`: one page in HTML about a run, for a person; it needs nothing beside itself.
+
+    python -m jobs.report --conf conf/demo.yaml --run-date 2017-11-01
+
+The command writes the page of a published date again, for instance after `python -m jobs.evaluate`.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jobs import cli, plots
+from jobs.evaluate import SYSTEMS, published_run
+from jobs.run import OUTPUTS, STAGES, Run, code_version, log, parse_run_date
+from jobs.staging import Staging
+from udfs.cleaning import REASONS
+from udfs.floors import id_hashes
+
+PAGE = "report.html"
+_EXAMPLES, _USERS, _HISTORY, _KEYS = 6, 4, 5, 3
+_TEXT = 400  # characters of an item's text
+
+
+def run(run: Run, out: Staging) -> dict[str, Any]:
+    """Writes report.html into the stage's folder and into the lake, where the newest one is.
+
+    Returns:
+        path (in the lake), bytes.
+    """
+    page = render(run).encode("utf-8", "replace")
+    out.write_bytes(PAGE, page)
+    Staging(run.lake.uri).write_bytes(PAGE, page)
+    return {"path": run.lake.path(PAGE), "bytes": len(page)}
+
+
+def render(run: Run) -> str:
+    """The page. Whatever comes from the tables (titles, ids) is escaped."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    facts = run.recorded()
+    sampled = _sampled(run, facts)
+    metrics = _metrics(run)
+    drawn = [name for name in dict.fromkeys(r["metric"] for r in metrics) if name.startswith("ndcg@")]
+    view = {
+        "run": run,
+        "facts": facts,
+        "headline": _headline(metrics, drawn),
+        "metrics": _by_split(metrics),
+        "metrics_note": facts.get("evaluate", {}).get("note"),
+        "truth": facts.get("evaluate", {}).get("truth", {}),
+        "metrics_plot": Markup(plots.metrics(metrics, drawn[0], SYSTEMS)) if drawn else None,
+        "probability": _probabilities(sampled),
+        "examples": _examples(run, sampled),
+        "rejected": _rejected(run),
+        "rows": _rows(facts),
+        "timings": _timings(facts),
+        "lineage": _lineage(run, facts),
+        "data_docs": _data_docs(run, facts),
+    }
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["number"] = lambda value: f"{value:,}"
+    return environment.from_string((files("jobs") / "report.html.j2").read_text(encoding="utf-8")).render(view)
+
+
+def _metrics(run: Run) -> list[dict[str, Any]]:
+    rows = run.lake.read("metrics", refresh_date=run.run_date)
+    return rows.filter(pc.equal(rows["run_id"], run.run_id)).to_pylist()
+
+
+def _by_split(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One table a split: a line a system, a column a metric."""
+    tables = []
+    for split in ("overall", "cold", "warm"):
+        of_split = {(r["system"], r["metric"]): r for r in rows if r["split"] == split}
+        if not of_split:
+            continue
+        names = sorted({metric for _, metric in of_split}, key=_metric_order)
+        best = {m: max(r["value"] for (_, metric), r in of_split.items() if metric == m) for m in names}
+        lines = [(system, [of_split[system, m] for m in names]) for system in SYSTEMS if (system, names[0]) in of_split]
+        n = next(iter(of_split.values()))["n"]
+        tables.append({"split": split, "n": n, "metrics": names, "best": best, "lines": lines})
+    return tables
+
+
+def _metric_order(name: str) -> tuple[int, int]:
+    kind, _, k = name.partition("@")
+    return int(k), ("ndcg", "recall", "hit").index(kind)
+
+
+def _headline(rows: list[dict[str, Any]], drawn: list[str]) -> list[dict[str, Any]]:
+    """What is published and the best floor, a split: {split, metric, value, floor, floor_name}."""
+    if not drawn:
+        return []
+    found = []
+    for split in ("overall", "cold", "warm"):
+        value = {r["system"]: r["value"] for r in rows if r["split"] == split and r["metric"] == drawn[0]}
+        floor = {name: v for name, v in value.items() if name not in ("published", "distribution")}
+        if "published" in value and floor:
+            name = max(floor, key=lambda key: floor[key])
+            found.append(
+                {"split": split, "metric": drawn[0], "value": value["published"], "floor": floor[name], "name": name}
+            )
+    return found
+
+
+def _sampled(run: Run, facts: dict[str, dict[str, Any]]) -> pa.Table:
+    """item_id, user_id, rank, probability of the run's published sampled interactions."""
+    version = facts["publish"]["output_versions"]["sampled_interactions"]
+    columns = ["item_id", "user_id", "rank", "probability", "run_id"]
+    rows = run.lake.read("sampled_interactions", columns=columns, version=version, refresh_date=run.run_date)
+    return rows.filter(pc.equal(rows["run_id"], run.run_id)).drop_columns(["run_id"])
+
+
+def _probabilities(sampled: pa.Table) -> dict[str, Any] | None:
+    from markupsafe import Markup
+
+    if sampled.num_rows == 0:
+        return None
+    values, ranks = sampled["probability"].to_numpy(), sampled["rank"].to_numpy()
+    return {
+        "items": pc.count_distinct(sampled["item_id"]).as_py(),
+        "rows": sampled.num_rows,
+        "median_first": float(np.median(values[ranks == ranks.min()])),
+        "histogram": Markup(plots.probability_histogram(values)),
+        "by_rank": Markup(plots.probability_by_rank(ranks, values)),
+    }
+
+
+def _examples(run: Run, sampled: pa.Table) -> list[dict[str, Any]]:
+    """A few cold items, the same on every rendering, with their first users and what these had last."""
+    items = sorted(pc.unique(sampled["item_id"]).to_pylist())
+    chosen = [items[i] for i in np.argsort(id_hashes(items, run.settings.seed), kind="stable")[:_EXAMPLES]]
+    if not chosen:
+        return []
+    rows = sampled.filter(pc.is_in(sampled["item_id"], pa.array(chosen))).sort_by("rank").to_pylist()
+    of_item = {item: [row for row in rows if row["item_id"] == item][:_USERS] for item in chosen}
+    histories = _histories(run, sorted({row["user_id"] for users in of_item.values() for row in users}))
+    wanted = set(chosen) | {item for history in histories.values() for item in history}
+    texts = _texts(run, wanted)
+    return [
+        {
+            "item_id": item,
+            "title": texts[item][0] if item in texts else item,
+            "text": texts[item][1] if item in texts else "",
+            "users": [
+                {
+                    "user_id": row["user_id"],
+                    "probability": row["probability"],
+                    "history": [texts[i][0] if i in texts else i for i in histories.get(row["user_id"], [])],
+                }
+                for row in users
+            ],
+        }
+        for item, users in of_item.items()
+    ]
+
+
+def _histories(run: Run, users: list[str]) -> dict[str, list[str]]:
+    """user_id -> its last items, newest first; by weight where the source keeps no order."""
+    asked = pa.array(users, pa.string())
+    columns = ["user_id", "item_id", "last_time", "last_seq", "weight"]
+    pieces = run.staging("snapshot").batches("training_interactions", columns)
+    kept = [piece.filter(pc.is_in(piece["user_id"], asked)) for piece in pieces]
+    found: dict[str, list[str]] = {}
+    if not kept:
+        return found
+    order = [
+        ("last_time", "descending"),
+        ("last_seq", "descending"),
+        ("weight", "descending"),
+        ("item_id", "ascending"),
+    ]
+    for row in pa.Table.from_batches(kept).sort_by(order).to_pylist():
+        history = found.setdefault(row["user_id"], [])
+        if len(history) < _HISTORY:
+            history.append(row["item_id"])
+    return found
+
+
+def _texts(run: Run, items: set[str]) -> dict[str, tuple[str, str]]:
+    """item_id -> (title, the beginning of what the LLM read)."""
+    asked = pa.array(sorted(items), pa.string())
+    found = {}
+    for piece in run.staging("snapshot").batches("items_labelled", ["item_id", "title", "content"]):
+        for row in piece.filter(pc.is_in(piece["item_id"], asked)).to_pylist():
+            content = (row["content"] or "").strip()
+            short = content if len(content) <= _TEXT else content[:_TEXT].rstrip() + " …"
+            title = row["title"] or short.splitlines()[0] if row["title"] or short else row["item_id"]
+            found[row["item_id"]] = (title[:160], short)
+    return found
+
+
+def _rejected(run: Run) -> list[dict[str, Any]]:
+    """{table, reason, meaning, rows, keys: a few} by table, most rows first."""
+    groups: dict[tuple[str, str], dict[str, Any]] = {}
+    for piece in run.staging("snapshot").batches("rejected_rows", ["table", "key", "reason", "rows"]):
+        for row in piece.to_pylist():
+            group = groups.setdefault(
+                (row["table"], row["reason"]), {"rows": 0, "keys": [], "meaning": REASONS.get(row["reason"], "")}
+            )
+            group["rows"] += row["rows"]
+            if row["key"] is not None and len(group["keys"]) < _KEYS:
+                group["keys"].append(row["key"][:80])
+    found = [{"table": table, "reason": reason, **group} for (table, reason), group in groups.items()]
+    return sorted(found, key=lambda g: (g["table"], -g["rows"], g["reason"]))
+
+
+def _rows(facts: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    snapshot, published = facts.get("snapshot", {}), facts.get("publish", {})
+    into = [
+        {
+            "table": name,
+            "in": rows,
+            "used": snapshot["rows_used"][name],
+            "rejected": snapshot["rows_rejected"][name],
+        }
+        for name, rows in snapshot.get("rows_in", {}).items()
+    ]
+    counts = published.get("rows", {})
+    return {"in": into, "out": [{"table": name, "rows": counts[name]} for name in OUTPUTS if name in counts]}
+
+
+def _timings(facts: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    seconds = [(name, float(facts[name]["seconds"])) for name in STAGES if "seconds" in facts.get(name, {})]
+    longest = max((value for _, value in seconds), default=0.0)
+    return [{"stage": name, "seconds": s, "share": 100 * s / longest if longest else 0} for name, s in seconds]
+
+
+def _lineage(run: Run, facts: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    trained, cf = facts.get("filterllm_train", {}), facts.get("cf", {})
+    outputs: dict[str, Any] = {}
+    for name in STAGES:
+        outputs |= facts.get(name, {}).get("output_versions", {})
+    pairs = [
+        ("run", f"{run.run_id}, number {run.sequence} of {run.run_date}"),
+        ("inputs", ", ".join(f"{name} at version {v}" for name, v in sorted(run.input_versions.items()))),
+        ("outputs", ", ".join(f"{name} at version {v}" for name, v in sorted(outputs.items()))),
+        ("settings", f"hash {run.conf_hash}, seed {run.settings.seed}"),
+        ("code", f"cold-refresh {code_version()}"),
+        ("text model", str(facts.get("text_embeddings", {}).get("model_version", ""))),
+        ("FilterLLM", _made(trained, "model_version")),
+        ("embedding space", _made(cf, "space_version")),
+    ]
+    return [(name, value) for name, value in pairs if value]
+
+
+def _made(facts: dict[str, Any], version: str) -> str:
+    if not facts.get(version):
+        return ""
+    how = " (trained in this run)" if facts.get("trained") else " (kept from an earlier run)"
+    return f"{facts[version]}{how if 'trained' in facts else ''}"
+
+
+def _data_docs(run: Run, facts: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """(stage, where its Data Docs are, link from the page in the lake)."""
+    root = run.lake.uri.rstrip("/") + "/"
+    named = [(name, str(facts[name]["data_docs"])) for name in STAGES if facts.get(name, {}).get("data_docs")]
+    return [(name, path, path.removeprefix(root)) for name, path in named]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.parser(__doc__)
+    cli.add_settings(parser)
+    parser.add_argument("--run-date", required=True, help="YYYY-MM-DD: a published date")
+    args = parser.parse_args(argv)
+
+    def job() -> dict[str, Any]:
+        found = published_run(cli.settings(args), parse_run_date(args.run_date))
+        page = render(found).encode("utf-8", "replace")
+        Staging(found.lake.uri).write_bytes(PAGE, page)
+        log(f"the report of {found.run_date} is in {found.lake.path(PAGE)}")
+        return {"run_id": found.run_id, "path": found.lake.path(PAGE), "bytes": len(page)}
+
+    return cli.main(job)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""jobs/report.py: the page of a staged and published run; what comes from tables is escaped, nothing is fetched."""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import timedelta
+from html.parser import HTMLParser
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import yaml
+from deltalake import write_deltalake
+
+from jobs import plots, report
+from jobs.run import execute, open_run
+from jobs.settings import load
+from schemas.table import table as schema
+from tests.small_lake import RUN_DATE
+from udfs.vectors import to_column
+
+EVIL = "<script>alert('gift')</script> & <b>tea</b>"
+ITEMS = {f"warm-{i}": f"Warm thing {i}" for i in range(8)} | {f"cold-{i}": f"New thing {i}" for i in range(5)}
+ITEMS["cold-2"] = EVIL
+ITEMS["warm-3"] = "<img src=x onerror=alert(2)>"
+USERS = [f"user-{i}" for i in range(6)]
+
+
+class Page(HTMLParser):
+    """The tags, attributes and texts of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        self.text = " ".join(" ".join(self.texts).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def snapshot_stage(rejected):
+    def stage(run, out):
+        ids = sorted(ITEMS)
+        labels = ["cold" if item.startswith("cold") else "warm" for item in ids]
+        titles = [ITEMS[item] for item in ids]
+        content = [f"{title}\nA longer text about it. " + "word " * 200 for title in titles]
+        facts = {"item_id": ids, "label": labels, "title": titles, "content": content}
+        out.write("items_labelled", pa.table(facts))
+        rows = [
+            {
+                "user_id": user,
+                "item_id": f"warm-{(u + k) % 8}",
+                "last_time": run.midnight - timedelta(days=k + 1),
+                "last_seq": None,
+                "weight": 1.0,
+            }
+            for u, user in enumerate(USERS)
+            for k in range(7)
+        ]
+        types = {"last_time": pa.timestamp("us", tz="UTC"), "last_seq": pa.int64()}
+        pairs = pa.Table.from_pylist(rows)
+        for name, kind in types.items():
+            pairs = pairs.set_column(pairs.schema.get_field_index(name), name, pairs[name].cast(kind))
+        out.write("training_interactions", pairs)
+        kinds = pa.schema([("table", pa.string()), ("key", pa.string()), ("reason", pa.string()), ("rows", pa.int64())])
+        out.write("rejected_rows", pa.Table.from_pylist(rejected, kinds))
+        counts = {"users": 6, "items": 13, "warm": 8, "cold": 5, "pairs": 42}
+        used = {"interactions": 42, "items": 13}
+        bad = {name: sum(r["rows"] for r in rejected if r["table"] == name) for name in used}
+        total = {name: used[name] + bad[name] for name in used}
+        return {**counts, "rows_in": total, "rows_used": used, "rows_rejected": bad}
+
+    return stage
+
+
+def publish_stage(cold):
+    def stage(run, out):
+        same = {"refresh_date": run.run_date, "run_id": run.run_id, "model_version": "m", "space_version": "s"}
+        rows = [
+            {
+                **same,
+                "item_id": item,
+                "user_id": user,
+                "rank": k + 1,
+                "probability": 0.3 / (k + 1),
+                "propensity": "top_k",
+            }
+            for item in cold
+            for k, user in enumerate(USERS[:5])
+        ]
+        vectors = to_column(np.ones((len(USERS), 4)))
+        users = pa.table(
+            {**{k: pa.array([v] * len(USERS)) for k, v in same.items()}, "user_id": USERS, "embedding": vectors}
+        )
+        sampled = pa.Table.from_pylist(rows, schema("sampled_interactions").arrow_schema)
+        versions = {
+            "sampled_interactions": run.lake.commit("sampled_interactions", sampled, app="t/s"),
+            "user_embeddings": run.lake.commit("user_embeddings", users, app="t/u"),
+            "item_embeddings": 0,
+        }
+        counted = {"sampled_interactions": len(rows), "user_embeddings": 6, "item_embeddings": 13}
+        return {"output_versions": versions, "rows": counted, "space_version": "s", "model_version": "m"}
+
+    return stage
+
+
+def evaluate_stage(measured):
+    def stage(run, out):
+        values = {"published": 0.31, "distribution": 0.29, "text_knn": 0.2, "popularity": 0.05, "random": 0.01}
+        rows = [
+            {
+                "refresh_date": run.run_date, "run_id": run.run_id, "split": split, "system": system, "metric": metric,
+                "value": value, "n": 1234, "low": value - 0.01, "high": value + 0.01,
+            }
+            for split in ("overall", "cold", "warm")
+            for system, value in values.items()
+            for metric in ("ndcg@20", "recall@20", "hit@20")
+            if system != "distribution" or split == "cold"
+        ]  # fmt: skip
+        truth = {"protocol": "temporal", "from": "2026-03-01", "until": "2026-04-30"}
+        if not measured:
+            return {"metrics": 0, "truth": {"protocol": "none"}, "note": "evaluate.protocol is none: <nothing>"}
+        table = pa.Table.from_pylist(rows, schema("metrics").arrow_schema)
+        version = run.lake.commit("metrics", table, app="t/m")
+        return {"metrics": len(rows), "truth": truth, "output_versions": {"metrics": version}}
+
+    return stage
+
+
+REJECTED = [
+    {"table": "interactions", "key": "user-1 <i>x</i>", "reason": "bad_weight", "rows": 1},
+    {"table": "interactions", "key": "user-2 y", "reason": "bad_weight", "rows": 1},
+    {"table": "interactions", "key": None, "reason": "after_run_date", "rows": 4321},
+    {"table": "items", "key": "z", "reason": "no_text", "rows": 1},
+]
+
+
+def night(folder, rejected=REJECTED, cold=tuple(f"cold-{i}" for i in range(5)), measured=True):
+    """A run whose stages before `report` are complete."""
+    lake = folder / "lake"
+    write_deltalake(str(lake / "interactions"), pa.table({"user_id": ["a"]}))
+    write_deltalake(str(lake / "items"), pa.table({"item_id": ["a"]}))
+    conf = folder / "conf.yaml"
+    conf.write_text(yaml.safe_dump({"lake": str(lake)}))
+    run = open_run(load(conf), RUN_DATE)
+    execute(run, "snapshot", snapshot_stage(rejected))
+    execute(run, "cf", lambda run, out: {"space_version": "space-1a2b", "trained": True})
+    execute(run, "filterllm_train", lambda run, out: {"model_version": "model-3c4d", "trained": False})
+    execute(run, "gates", lambda run, out: {"data_docs": out.path("data_docs/index.html")})
+    execute(run, "publish", publish_stage(cold))
+    execute(run, "evaluate", evaluate_stage(measured))
+    return run, conf
+
+
+def test_the_page_shows_the_run(tmp_path):
+    run, _ = night(tmp_path)
+    facts = execute(run, "report", report.run)
+    written = (tmp_path / "lake" / "report.html").read_text()
+    assert facts["path"] == str(tmp_path / "lake" / "report.html")
+    assert written == run.staging("report").read_bytes("report.html").decode()
+    page = Page(written)
+    for expected in (
+        run.run_id, "0.3100 0.3000–0.3200", "0.2000 0.1900–0.2100", "bad_weight", "not a finite number above 0",
+        "4,321", "interactions at version 0, items at version 0", f"hash {run.conf_hash}",
+        "space-1a2b (trained in this run)", "model-3c4d (kept from an earlier run)", "1,234 users",
+    ):  # fmt: skip
+        assert expected in page.text, expected
+    assert ("href", f"_staging/{run.run_id}/gates/data_docs/index.html") in page.attributes
+    assert page.tags.count("svg") == 3
+    # A user's newest item first, and no more than five of them.
+    assert (
+        "user-0 0.3 Warm thing 0 · Warm thing 1 · Warm thing 2 · <img src=x onerror=alert(2)> · Warm thing 4"
+        in page.text
+    )
+    # The best of each metric is marked: one a split and metric.
+    assert written.count('class="best"') == 9
+
+
+def test_titles_are_text_and_nothing_is_fetched(tmp_path):
+    run, _ = night(tmp_path)
+    written = report.render(run)
+    page = Page(written)
+    assert EVIL in page.text
+    assert not {"script", "img", "i", "link", "iframe"} & set(page.tags) - {"i"}
+    assert "user-1 <i>x</i>" in page.text
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    addresses = [value for name, value in page.attributes if name in ("href", "src", "xlink:href")]
+    assert all(value.startswith(("#", "_staging/")) for value in addresses)
+    assert not re.search(r"url\((?!#)|@import", written)
+
+
+def test_the_page_is_the_same_bytes_again(tmp_path, capsys):
+    run, conf = night(tmp_path)
+    first = report.render(run)
+    assert report.render(run) == first
+    assert report.main(["--conf", str(conf), "--run-date", str(RUN_DATE)]) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["run_id"] == run.run_id
+    assert (tmp_path / "lake" / "report.html").read_text() == first
+
+
+def test_a_night_without_cold_items_metrics_or_rejected_rows(tmp_path):
+    run, _ = night(tmp_path, rejected=[], cold=(), measured=False)
+    page = Page(report.render(run))
+    assert "No cold item was scored on this date." in page.text
+    assert "Nothing was measured. evaluate.protocol is none: <nothing>" in page.text
+    assert "Rejected rows by reason None." in page.text
+    assert "svg" not in page.tags
+    assert "Examples" not in page.text
+
+
+@pytest.mark.parametrize("probabilities", [[0.5], [0.25] * 10, [1e-12, 1.0]])
+def test_plots_stand_degenerate_probabilities(probabilities):
+    values = np.array(probabilities)
+    for svg in (
+        plots.probability_histogram(values),
+        plots.probability_by_rank(np.arange(1, len(values) + 1), values),
+    ):
+        assert svg.startswith("<svg")
+        assert "nan" not in svg.lower().replace("dominant", "")
