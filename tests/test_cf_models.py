@@ -17,7 +17,7 @@ from udfs.vectors import from_column, to_column
 MODELS = sorted(ENGINES)
 DIMENSION = 4
 PARAMS = {
-    "als": CfParams(dimension=DIMENSION, epochs=10, alpha=10.0, regularization=0.5, blocks=1),
+    "als": CfParams(dimension=DIMENSION, epochs=6, alpha=10.0, regularization=0.5, blocks=1),
     "lightgcn": CfParams(dimension=DIMENSION, epochs=40, batch_size=512, learning_rate=0.03, device="cpu"),
     "bpr": CfParams(dimension=DIMENSION, epochs=40, batch_size=512, learning_rate=0.03, device="cpu"),
 }

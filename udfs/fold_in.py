@@ -71,7 +71,6 @@ def fold_in(
     if len(indices) and (indices.min() < 0 or indices.max() >= len(vectors) or not (weights > 0).all()):
         raise ValueError(f"fold-in: indices must lie in 0 .. {len(vectors) - 1} and weights above 0")
     base = torch.from_numpy(gram(vectors) if gram_of_all is None else gram_of_all)
-    table = torch.from_numpy(np.ascontiguousarray(vectors))
     counts = np.diff(indptr)
     result = np.zeros((n, width), np.float32)
     # Rows of like length together, so that little is padded.
@@ -84,12 +83,14 @@ def fold_in(
         fits = counts[rows] * np.arange(1, len(rows) + 1) * width <= _BUDGET
         rows = rows[: max(1, int(fits.sum()))]
         start += len(rows)
-        result[rows] = scale * _solve(table, base, indptr[rows], counts[rows], indices, weights, alpha, regularization)
+        result[rows] = scale * _solve(
+            vectors, base, indptr[rows], counts[rows], indices, weights, alpha, regularization
+        )
     return result
 
 
 def _solve(
-    table: torch.Tensor,
+    vectors: np.ndarray,
     base: torch.Tensor,
     first: np.ndarray,
     counts: np.ndarray,
@@ -99,7 +100,7 @@ def _solve(
     regularization: float,
 ) -> np.ndarray:
     """The solutions [b, d] float64 of rows that begin at `first` [b] and have `counts` [b] pairs."""
-    width, longest = table.shape[1], int(counts.max())
+    width, longest = vectors.shape[1], int(counts.max())
     ridge = torch.from_numpy(regularization * counts.astype(np.float64))
     left = base + ridge[:, None, None] * torch.eye(width, dtype=torch.float64)
     right = torch.zeros((len(counts), width), dtype=torch.float64)
@@ -109,7 +110,7 @@ def _solve(
         there = offset < counts[:, None]
         place = np.where(there, first[:, None] + offset, first[:, None])
         confidence = torch.from_numpy(np.where(there, alpha * weights[place].astype(np.float64), 0.0))
-        y = table[torch.from_numpy(indices[place].astype(np.int64))].double()
+        y = torch.from_numpy(vectors[indices[place]].astype(np.float64))
         left += (y * confidence[:, :, None]).mT @ y
         right += ((torch.from_numpy(there) + confidence)[:, None, :] @ y)[:, 0]
     factor, info = torch.linalg.cholesky_ex(left)

@@ -1,0 +1,269 @@
+"""Stage `cf`: the embedding space of the night, an earlier one or one that is trained now.
+
+A space is an artifact (`_artifacts/spaces/<version>`): tables `users` and `items`, and facts that hold what a fold-in needs
+(alpha, regularization, binary, and the scales for spaces that ALS did not train). Its version is a hash of what it was made
+from and of the date. A new one is rotated onto the one before it, so that vectors of different nights lie near each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from datetime import date
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jobs.run import Run, log
+from jobs.settings import Settings
+from jobs.spark_session import session, spark_path
+from jobs.staging import Staging
+from udfs import cf_model, fold_in, procrustes
+from udfs.cf_model import CfError, CfParams, Pairs
+from udfs.vectors import Matrix, from_column, to_column
+
+# Rows of each side from which the length of fold-ins is measured.
+_SCALE_ROWS = 2000
+
+
+@dataclass(frozen=True)
+class Space:
+    """An embedding space in memory: users [U, d] and items [I, d] float32, rows in the order of the ids.
+
+    `interactions` [I] are the real pairs that an item's vector was trained on.
+    """
+
+    version: str
+    user_ids: list[str]
+    users: Matrix
+    item_ids: list[str]
+    items: Matrix
+    facts: dict[str, Any]
+    interactions: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+
+
+def load_space(run: Run, version: str) -> Space:
+    """The space `version`.
+
+    Raises:
+        jobs.staging.StagingError: it is not there, or not complete.
+    """
+    artifact = run.artifact("spaces", version)
+    facts = artifact.facts()
+    users, items = artifact.read("users"), artifact.read("items")
+    return Space(
+        version,
+        users["user_id"].to_pylist(),
+        from_column(users["embedding"]),
+        items["item_id"].to_pylist(),
+        from_column(items["embedding"]),
+        facts,
+        items["interactions"].to_numpy(),
+    )
+
+
+def conf_digest(settings: Settings) -> str:
+    """Hash of the settings and the seed that decide a space; when and on what device it is trained is left out."""
+    cf = settings.cf.model_dump(mode="json", exclude={"retrain_days", "device"})
+    body = json.dumps([cf, settings.digest("snapshot", "inputs"), settings.seed], sort_keys=True)
+    return hashlib.sha256(body.encode()).hexdigest()[:16]
+
+
+def _spaces(run: Run) -> list[tuple[date, str, dict[str, Any]]]:
+    """(trained_on, version, facts) of this stage's complete spaces up to the run date, oldest first."""
+    found = []
+    for version in Staging(run.lake.path("_artifacts/spaces")).children():
+        artifact = run.artifact("spaces", version)
+        if artifact.is_complete():
+            facts = artifact.facts()
+            trained_on = date.fromisoformat(facts["trained_on"])
+            if facts["kind"] == "cf" and trained_on <= run.run_date:
+                found.append((trained_on, version, facts))
+    return sorted(found, key=lambda space: space[:2])
+
+
+def run(run: Run, out: Staging) -> dict[str, Any]:
+    """Choose the night's space: the newest of the last cf.retrain_days days and the same settings, or train one.
+
+    Returns:
+        space_version; trained: whether this run trained it; model, dimension, trained_on, users, items, aligned_to, residual.
+
+    Raises:
+        udfs.cf_model.CfError: there is nothing to train on, or training failed.
+    """
+    digest, days = conf_digest(run.settings), run.settings.cf.retrain_days
+    spaces = _spaces(run)
+    fresh = [v for day, v, facts in spaces if facts["conf"] == digest and (run.run_date - day).days < days]
+    if fresh:
+        version = fresh[-1]
+        log(f"[cf] space {version} is younger than {days} days: kept")
+    else:
+        cf = run.settings.cf
+        earlier = [
+            v for day, v, f in spaces if day < run.run_date and (f["model"], f["dimension"]) == (cf.model, cf.dimension)
+        ]
+        version = train(run, out, align_to=earlier[-1] if earlier else None)
+    facts = run.artifact("spaces", version).facts()
+    told = ("model", "dimension", "trained_on", "users", "items", "aligned_to", "residual")
+    return {"space_version": version, "trained": facts["run_id"] == run.run_id, **{name: facts[name] for name in told}}
+
+
+def train(run: Run, out: Staging, *, align_to: str | None, sampled: Pairs | None = None) -> str:
+    """Train a space on the snapshot's pairs and leave it as an artifact; returns its version.
+
+    Args:
+        out: where Spark may keep its checkpoints meanwhile.
+        align_to: the space to rotate it onto.
+        sampled: pairs (of the snapshot's user_idx and item_idx, none of them real) to train on as well; then cold items take
+            part, and the space is this night's only: the stage never takes it up for a later one.
+
+    Raises:
+        udfs.cf_model.CfError: there is nothing to train on, or training failed.
+    """
+    snapshot, settings = run.staging("snapshot"), run.settings
+    users = snapshot.read("users", ["user_id", "user_idx"]).sort_by("user_idx")
+    items = snapshot.read("items_labelled", ["item_id", "item_idx", "label", "interactions"]).sort_by("item_idx")
+    takes_part = np.ones(items.num_rows, bool) if sampled is not None else pc.equal(items["label"], "warm").to_numpy()
+    if not takes_part.any():
+        raise CfError(
+            f"no warm item: none of the {items.num_rows} items has snapshot.warm_interactions "
+            f"({settings.snapshot.warm_interactions}) users before {run.run_date}; the snapshot has "
+            f"{snapshot.facts()['pairs']} pairs. Lower snapshot.warm_interactions, or take a later --run-date"
+        )
+    # With its date: what a night of later left must not stand in for this one's, though it be the same.
+    made_of = [conf_digest(settings), run.run_date.isoformat(), snapshot.facts()["training_digest"], align_to]
+    digest = hashlib.sha256(json.dumps(made_of).encode())
+    if sampled is not None:
+        for part in (sampled.users, sampled.items, sampled.weights):
+            digest.update(np.ascontiguousarray(part).tobytes())
+    version = digest.hexdigest()[:16]
+    artifact = run.artifact("spaces", version)
+    if artifact.is_complete():
+        return version
+    log(f"[cf] training {settings.cf.model} with {settings.cf.dimension} dimensions, space {version}")
+    y, x, scales = _fit(run, out, takes_part, users.num_rows, sampled)
+    y_ids, x_ids = users["user_id"].filter(y.any(1)), items["item_id"].filter(x.any(1))
+    interactions = items["interactions"].filter(x.any(1))
+    y, x = y[y.any(1)], x[x.any(1)]
+    residual = None
+    if align_to is not None:
+        earlier = load_space(run, align_to)
+        rotation, residual = _alignment(y_ids, y, x_ids, x, earlier)
+        if residual is None:
+            align_to = None
+        else:
+            y, x = (y @ rotation).astype(np.float32), (x @ rotation).astype(np.float32)
+    artifact.clear()
+    artifact.write("users", pa.table({"user_id": y_ids, "embedding": to_column(y)}))
+    artifact.write("items", pa.table({"item_id": x_ids, "embedding": to_column(x), "interactions": interactions}))
+    facts = {
+        "kind": "refresh" if sampled is not None else "cf",
+        "run_id": run.run_id,
+        "trained_on": run.run_date.isoformat(),
+        "conf": conf_digest(settings),
+        "seed": settings.seed,
+        "model": settings.cf.model,
+        "dimension": settings.cf.dimension,
+        "alpha": settings.cf.alpha,
+        "regularization": settings.cf.regularization,
+        "binary": settings.cf.binary,
+        **scales,
+        "users": len(y),
+        "items": len(x),
+        "aligned_to": align_to,
+        "residual": residual,
+    }
+    artifact.complete(facts)
+    return version
+
+
+def pair_weights(weight: npt.NDArray[np.floating], binary: bool) -> npt.NDArray[np.float32]:
+    """What a pair counts in a space whose fact `binary` is this, from the snapshot's weight."""
+    return (np.ones(len(weight)) if binary else np.log1p(weight)).astype(np.float32)
+
+
+def _fit(
+    run: Run, out: Staging, takes_part: npt.NDArray[np.bool_], n_users: int, sampled: Pairs | None
+) -> tuple[Matrix, Matrix, dict[str, float]]:
+    """Users [n_users, d], items [n_items, d], and what fold-ins are multiplied by in this space."""
+    cf, seed = run.settings.cf, run.settings.seed
+    names = set(CfParams.__dataclass_fields__) - {"checkpoint_dir"}
+    params = {name: value for name, value in cf.model_dump().items() if name in names}
+    if cf_model.ENGINES[cf.model] == "spark":
+        scratch = Staging(out.path("checkpoint"))
+        pairs = _spark_pairs(run, sampled)
+        given = CfParams(**params, checkpoint_dir=spark_path(scratch.uri))
+        y, x = cf_model.fit(cf.model, pairs, n_users, len(takes_part), given, seed)
+        scratch.clear()
+        return y, x, {"user_scale": 1.0, "item_scale": 1.0}
+    table = run.staging("snapshot").read("training_interactions", ["user_idx", "item_idx", "weight"])
+    user, item = table["user_idx"].to_numpy(), table["item_idx"].to_numpy()
+    kept = takes_part[item]
+    real = Pairs(user[kept], item[kept], pair_weights(table["weight"].to_numpy()[kept], cf.binary)).sorted()
+    together = _union(real, sampled) if sampled is not None else real
+    y, x = cf_model.fit(cf.model, together, n_users, len(takes_part), CfParams(**params), seed)
+    return y, x, _scales(real, y, x, cf.alpha, cf.regularization, seed)
+
+
+def _union(real: Pairs, sampled: Pairs) -> Pairs:
+    return Pairs(
+        np.concatenate([real.users, sampled.users]),
+        np.concatenate([real.items, sampled.items]),
+        np.concatenate([real.weights, sampled.weights]),
+    )
+
+
+def _spark_pairs(run: Run, sampled: Pairs | None) -> Any:
+    """The pairs to train on as a Spark DataFrame: user_idx, item_idx, weight."""
+    from pyspark.sql import functions as F
+
+    spark, snapshot = session(run.settings.spark), run.staging("snapshot")
+    frame = spark.read.parquet(spark_path(snapshot.path("training_interactions")))
+    weight = F.lit(1.0) if run.settings.cf.binary else F.log1p("weight")
+    frame = frame.select("user_idx", "item_idx", weight.cast("float").alias("weight"))
+    if sampled is None:
+        items = spark.read.parquet(spark_path(snapshot.path("items_labelled")))
+        return frame.join(
+            F.broadcast(items.where(items["label"] == "warm").select("item_idx")), "item_idx", "left_semi"
+        )
+    columns = {"user_idx": sampled.users, "item_idx": sampled.items, "weight": sampled.weights}
+    types = {"user_idx": pa.int32(), "item_idx": pa.int32(), "weight": pa.float32()}
+    more = pa.table({name: pa.array(values).cast(types[name]) for name, values in columns.items()})
+    return frame.unionByName(spark.createDataFrame(more))
+
+
+def _scales(real: Pairs, y: Matrix, x: Matrix, alpha: float, regularization: float, seed: int) -> dict[str, float]:
+    """user_scale and item_scale of a space that ALS did not train, from rows of it that are folded in again."""
+    found = {}
+    sides = {"item_scale": (real.items, real.users, x, y), "user_scale": (real.users, real.items, y, x)}
+    for name, (own, other, trained, fixed) in sides.items():
+        rows = np.unique(own)
+        if len(rows) > _SCALE_ROWS:
+            rows = np.sort(np.random.default_rng(seed).choice(rows, _SCALE_ROWS, replace=False))
+        mine = np.isin(own, rows)
+        csr = fold_in.to_csr(np.searchsorted(rows, own[mine]), other[mine], real.weights[mine], len(rows))
+        folded = fold_in.fold_in(fixed, *csr, alpha=alpha, regularization=regularization)
+        found[name] = fold_in.norm_scale(trained[rows], folded)
+    return found
+
+
+def _alignment(
+    user_ids: pa.ChunkedArray, users: Matrix, item_ids: pa.ChunkedArray, items: Matrix, earlier: Space
+) -> tuple[npt.NDArray[np.float64], float | None]:
+    """The rotation onto `earlier` over the shared users and items, and its relative residual (None: nothing is shared)."""
+    new, old = [], []
+    for ids, vectors, old_ids, old_vectors in (
+        (user_ids, users, earlier.user_ids, earlier.users),
+        (item_ids, items, earlier.item_ids, earlier.items),
+    ):
+        place = pc.fill_null(pc.index_in(ids, value_set=pa.array(old_ids, pa.string())), -1).to_numpy()
+        new.append(vectors[place >= 0])
+        old.append(old_vectors[place[place >= 0]])
+    if not sum(map(len, new)):
+        log(f"[cf] no user and no item of space {earlier.version} is left: not aligned to it")
+        return np.eye(users.shape[1]), None
+    return procrustes.align(np.concatenate(new), np.concatenate(old))

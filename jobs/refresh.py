@@ -1,0 +1,284 @@
+"""Stage `refresh`: tonight's vectors of all items and users, cold ones among them, in one embedding space.
+
+Method `fold_in` keeps the night's space: what was trained in it stays bit for bit, the rest is folded in (udfs/fold_in.py).
+Method `retrain` trains CF again on the real pairs and FilterLLM's sampled ones together (the paper's way): every vector comes
+from that new space. Where an item's vector comes from is its `source`:
+
+- sampled: it has sampled users tonight; folded in from these, united with its few real pairs
+- cf: trained in the space; or folded in from its real pairs, for an item that the space does not have
+- carried_over: warm, not in the space, and published before in this space: the vector of then
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jobs import cf, published
+from jobs.cf import Space
+from jobs.run import Run, log
+from jobs.staging import Staging
+from schemas.errors import ColdRefreshError
+from schemas.table import table as schema
+from udfs.cf_model import Pairs
+from udfs.fold_in import fold_in, gram, to_csr
+from udfs.vectors import Matrix, from_column, to_column
+
+Rows = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+
+class RefreshError(ColdRefreshError):
+    """What the stage would leave is no embedding of the space."""
+
+
+@dataclass(frozen=True)
+class _Night:
+    """Tonight's users and items in the order of their ids (their index), and what FilterLLM sampled for cold items."""
+
+    run: Run
+    user_ids: pa.Array
+    item_ids: pa.Array
+    warm: Mask
+    sampled_rows: pa.Table  # of users and items that still exist
+    sampled: Pairs  # the part of them that the refresh uses: indices and weights
+
+
+@dataclass
+class _Items:
+    """A vector for each of tonight's items, with where it comes from; `source` is None while there is none."""
+
+    vectors: Matrix
+    source: npt.NDArray[np.object_]
+    interactions: Rows
+    updated_at: npt.NDArray[np.object_]
+
+    @classmethod
+    def none_yet(cls, n: int, dimension: int) -> _Items:
+        vectors = np.zeros((n, dimension), np.float32)
+        return cls(vectors, np.full(n, None, object), np.zeros(n, np.int64), np.full(n, None, object))
+
+    def put(self, rows: Rows, vectors: Matrix, source: Any, interactions: Rows, updated_at: Any) -> None:
+        """Vectors [n, d] of the items `rows` [n]; one that is zero is none."""
+        there = np.asarray(vectors.any(1))
+        for column, values in (
+            (self.vectors, vectors),
+            (self.source, source),
+            (self.interactions, interactions),
+            (self.updated_at, updated_at),
+        ):
+            column[rows[there]] = values[there] if isinstance(values, np.ndarray) else values
+
+
+def run(run: Run, out: Staging) -> dict[str, Any]:
+    """Leaves sampled_interactions, item_embeddings and user_embeddings, sorted by their ids.
+
+    Returns:
+        rows: table -> rows; sources: source -> items; users_folded_in; users_left_out: no item of theirs is in the space;
+        items_left_out: nothing to make a vector from; sampled_dropped: rows of users or items that are gone; method;
+        model_version; space_version, dimension, aligned_to and residual of the space that the vectors are in.
+
+    Raises:
+        RefreshError: a vector is not finite.
+        udfs.fold_in.FoldInError: the space's regularization is too small to fold in.
+        udfs.cf_model.CfError: method retrain, and training failed.
+    """
+    night = _night(run)
+    if not night.sampled_rows.num_rows:
+        log("[refresh] no cold item was scored tonight: what there is are warm items")
+    space = cf.load_space(run, run.staging("cf").facts()["space_version"])
+    retrain = run.settings.refresh.method == "retrain"
+    if retrain:
+        real = _real_pairs(night, space.facts["binary"], np.zeros(len(night.user_ids), bool), _sampled_items(night))
+        extra = _without(night.sampled, real, len(night.user_ids))
+        space = cf.load_space(run, cf.train(run, out, align_to=space.version, sampled=extra))
+    in_space = _place(night.user_ids, space.user_ids)
+    items_in_space = _place(night.item_ids, space.item_ids)
+    needs = items_in_space < 0
+    real = _real_pairs(night, space.facts["binary"], in_space < 0, needs if retrain else needs | _sampled_items(night))
+    users = _users(space, in_space, items_in_space, real)
+    items = _items(night, space, users, items_in_space, real, fold_sampled=not retrain)
+    facts = _write(night, out, space, users, items)
+    return {
+        **facts,
+        "users_folded_in": int((users.any(1) & (in_space < 0)).sum()),
+        "users_left_out": int((~users.any(1)).sum()),
+        "items_left_out": int(sum(source is None for source in items.source)),
+        "sampled_dropped": run.staging("filterllm_score").read("sampled", ["item_id"]).num_rows
+        - night.sampled_rows.num_rows,
+        "method": run.settings.refresh.method,
+        "model_version": run.staging("filterllm_train").facts()["model_version"],
+        "space_version": space.version,
+        **{name: space.facts[name] for name in ("dimension", "aligned_to", "residual")},
+    }
+
+
+def _place(ids: pa.Array, among: list[str]) -> Rows:
+    """Where each of `ids` is in `among`; -1 for nowhere."""
+    found = pc.index_in(ids, value_set=pa.array(among, pa.string()))
+    return pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _night(run: Run) -> _Night:
+    snapshot, settings = run.staging("snapshot"), run.settings.refresh
+    users = snapshot.read("users", ["user_id", "user_idx"]).sort_by("user_idx")
+    items = snapshot.read("items_labelled", ["item_id", "item_idx", "label"]).sort_by("item_idx")
+    user_ids, item_ids = (table.column(0).combine_chunks() for table in (users, items))
+    rows = run.staging("filterllm_score").read("sampled")
+    rows = rows.filter(pc.and_(pc.is_in(rows["user_id"], user_ids), pc.is_in(rows["item_id"], item_ids)))
+    rows = rows.sort_by([("item_id", "ascending"), ("rank", "ascending")])
+    user, item = (
+        _place(rows[name].combine_chunks(), ids.to_pylist())
+        for name, ids in (("user_id", user_ids), ("item_id", item_ids))
+    )
+    weights = np.ones(len(user))
+    if settings.by_probability and len(user):
+        # Relative to the item's first row, which is its most probable one.
+        first = np.flatnonzero(np.diff(item, prepend=-1))
+        probability = rows["probability"].to_numpy()
+        weights = probability / np.repeat(probability[first], np.diff(first, append=len(item)))
+    used = rows["rank"].to_numpy() <= (settings.users or np.inf)
+    sampled = Pairs(user[used], item[used], weights[used].astype(np.float32))
+    return _Night(run, user_ids, item_ids, pc.equal(items["label"], "warm").to_numpy(), rows, sampled)
+
+
+def _sampled_items(night: _Night) -> Mask:
+    mask = np.zeros(len(night.item_ids), bool)
+    mask[night.sampled.items] = True
+    return mask
+
+
+def _real_pairs(night: _Night, binary: bool, of_users: Mask, of_items: Mask) -> Pairs:
+    """The snapshot's pairs of these users or items, weighed as the space weighs them; the rest is never in memory."""
+    parts: list[tuple[npt.NDArray[Any], ...]] = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
+    if of_users.any() or of_items.any():
+        columns = ["user_idx", "item_idx", "weight"]
+        for batch in night.run.staging("snapshot").batches("training_interactions", columns):
+            user, item, weight = (batch.column(name).to_numpy() for name in columns)
+            kept = of_users[user] | of_items[item]
+            parts.append((user[kept], item[kept], weight[kept]))
+    user, item, weight = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Pairs(user, item, cf.pair_weights(weight, binary)).sorted()
+
+
+def _without(sampled: Pairs, real: Pairs, n_users: int) -> Pairs:
+    """The sampled pairs that are not real ones."""
+    keys = [pairs.items.astype(np.int64) * n_users + pairs.users for pairs in (sampled, real)]
+    kept = ~np.isin(keys[0], keys[1])
+    return Pairs(sampled.users[kept], sampled.items[kept], sampled.weights[kept])
+
+
+def _users(space: Space, in_space: Rows, items_in_space: Rows, real: Pairs) -> Matrix:
+    """Tonight's users [n, d]: the space's own vectors, the others folded in from the space's items; zero for none."""
+    vectors = np.zeros((len(in_space), space.users.shape[1]), np.float32)
+    vectors[in_space >= 0] = space.users[in_space[in_space >= 0]]
+    mine = (in_space[real.users] < 0) & (items_in_space[real.items] >= 0)
+    rows, row = np.unique(real.users[mine], return_inverse=True)
+    csr = to_csr(row, items_in_space[real.items[mine]], real.weights[mine], len(rows))
+    vectors[rows] = _fold(space, space.items, csr, "user_scale")
+    return vectors
+
+
+def _fold(space: Space, fixed: Matrix, csr: Any, scale: str, gram_of_all: Any = None) -> Matrix:
+    facts = space.facts
+    return fold_in(
+        fixed,
+        *csr,
+        alpha=facts["alpha"],
+        regularization=facts["regularization"],
+        scale=facts[scale],
+        gram_of_all=gram_of_all,
+    )
+
+
+def _items(night: _Night, space: Space, users: Matrix, in_space: Rows, real: Pairs, *, fold_sampled: bool) -> _Items:
+    """Tonight's items as the top of this file says."""
+    found = _Items.none_yet(len(in_space), users.shape[1])
+    midnight = night.run.midnight
+    known = np.flatnonzero(in_space >= 0)
+    trained_on = datetime.fromisoformat(space.facts["trained_on"]).replace(tzinfo=UTC)
+    place = in_space[known]
+    found.put(known, space.items[place], "cf", space.interactions[place], trained_on)
+    sampled_items = _sampled_items(night)
+    if not fold_sampled:
+        found.source[known] = np.where(sampled_items[known], "sampled", found.source[known])
+    else:
+        found.source[sampled_items] = None
+    _carry_over(night, space, found)
+
+    left = np.array([source is None for source in found.source], bool)
+    with_vector = np.asarray(users.any(1))
+    real_mine = left[real.items] & with_vector[real.users]
+    real = Pairs(real.users[real_mine], real.items[real_mine], real.weights[real_mine])
+    # A sampled item's few real pairs count as much as its first sampled user.
+    weights = np.where(sampled_items[real.items], 1.0, real.weights)
+    sampled = _without(night.sampled, real, len(users))
+    sampled_mine = left[sampled.items] & with_vector[sampled.users]
+    user = np.concatenate([real.users, sampled.users[sampled_mine]])
+    item = np.concatenate([real.items, sampled.items[sampled_mine]])
+    weights = np.concatenate([weights, sampled.weights[sampled_mine]])
+    rows, row = np.unique(item, return_inverse=True)
+    # The Gram matrix is of the space's own users: a vector must not depend on who else is new tonight.
+    vectors = _fold(space, users, to_csr(row, user, weights, len(rows)), "item_scale", gram(space.users))
+    source = np.where(sampled_items[rows], "sampled", "cf").astype(object)
+    found.put(rows, vectors, source, np.bincount(real.items, minlength=len(in_space))[rows], midnight)
+    return found
+
+
+def _carry_over(night: _Night, space: Space, found: _Items) -> None:
+    """Give warm items without a vector the one that was published last, if that was in this space."""
+    wanted = night.warm & np.array([source is None for source in found.source], bool)
+    before = published.previous(night.run.lake, night.run.run_date) if wanted.any() else None
+    if before is None or before.space_version != space.version:
+        return
+    table = before.item_embeddings()
+    place = _place(night.item_ids, table["item_id"].to_pylist())
+    rows = np.flatnonzero(wanted & (place >= 0))
+    if not len(rows):
+        return
+    table = table.take(pa.array(place[rows]))
+    updated_at = np.array(table["updated_at"].to_pylist(), object)
+    found.put(rows, from_column(table["embedding"]), "carried_over", table["interactions"].to_numpy(), updated_at)
+
+
+def _write(night: _Night, out: Staging, space: Space, users: Matrix, items: _Items) -> dict[str, Any]:
+    """Stage the three tables; their rows and the items' sources."""
+    if not (np.isfinite(users).all() and np.isfinite(items.vectors).all()):
+        raise RefreshError(
+            f"vectors of space {space.version} are not finite: raise cf.regularization, or remove the space "
+            f"({night.run.artifact('spaces', space.version).uri}) so that it is trained again"
+        )
+    model_version = night.run.staging("filterllm_train").facts()["model_version"]
+
+    def with_lineage(columns: dict[str, Any], rows: int) -> dict[str, Any]:
+        lineage = {"run_id": night.run.run_id, "model_version": model_version, "space_version": space.version}
+        date = pa.array([night.run.run_date], pa.date32()).take(pa.array(np.zeros(rows, np.int64)))
+        return {"refresh_date": date, **columns, **{name: pa.repeat(value, rows) for name, value in lineage.items()}}
+
+    there = np.array([source is not None for source in items.source], bool)
+    with_vector = np.asarray(users.any(1))
+    sampled = {name: night.sampled_rows[name] for name in ("item_id", "user_id", "rank", "probability", "propensity")}
+    embedded = {
+        "item_id": night.item_ids.filter(pa.array(there)),
+        "embedding": to_column(items.vectors[there]),
+        "source": pa.array(items.source[there], pa.string()),
+        "interactions": items.interactions[there],
+        "updated_at": pa.array(items.updated_at[there], pa.timestamp("us", tz="UTC")),
+    }
+    placed = {"user_id": night.user_ids.filter(pa.array(with_vector)), "embedding": to_column(users[with_vector])}
+    rows = {}
+    for name, columns in (
+        ("sampled_interactions", sampled),
+        ("item_embeddings", embedded),
+        ("user_embeddings", placed),
+    ):
+        rows[name] = len(columns["user_id" if name == "user_embeddings" else "item_id"])
+        out.write(name, schema(name).conform(pa.table(with_lineage(columns, rows[name]))))
+    names, counts = np.unique(items.source[there].astype(str), return_counts=True)
+    return {"rows": rows, "sources": dict(zip(names.tolist(), counts.tolist(), strict=True))}

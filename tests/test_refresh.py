@@ -1,0 +1,257 @@
+"""Stage refresh: where each vector comes from, what stays bit for bit, who is left out."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+
+from jobs import cf, refresh
+from jobs.run import OUTPUTS, Run, execute
+from schemas.table import table as schema
+from tests.staged_night import Pair, blocks, run_of, snapshot
+from udfs.fold_in import fold_in, gram
+from udfs.vectors import from_column
+
+BPR = {"model": "bpr", "epochs": 30, "batch_size": 256, "learning_rate": 0.03}
+DAY, NEXT = date(2026, 3, 1), date(2026, 3, 2)
+SAMPLED = {
+    "new-0": [("u0-0", 0.4), ("u0-1", 0.3), ("u0-2", 0.1)],
+    "new-1": [("u1-5", 0.5), ("u1-4", 0.2), ("u2-0", 0.1)],
+}
+
+
+def _night(
+    run: Run, pairs: dict[Pair, float], sampled: dict[str, list[tuple[str, float]]], cold: tuple[str, ...] = ()
+) -> tuple[dict[str, Any], dict[str, pa.Table], cf.Space]:
+    """Run cf and refresh on staged tables: facts, the output tables, and the night's space of stage cf."""
+    snapshot(run, pairs, cold)
+    chosen = execute(run, "cf", cf.run)
+    run.staging("filterllm_train").complete({"model_version": "m1", "space_version": chosen["space_version"]})
+    rows = [
+        {"item_id": item, "user_id": user, "rank": rank, "probability": p, "propensity": "top_k"}
+        for item, users in sampled.items()
+        for rank, (user, p) in enumerate(users, 1)
+    ]
+    contract = schema("sampled_interactions")
+    names = ("item_id", "user_id", "rank", "probability", "propensity")
+    columns = {name: pa.array([r[name] for r in rows], contract.column(name).arrow_type) for name in names}
+    scored = run.staging("filterllm_score")
+    scored.write("sampled", pa.table(columns))
+    scored.complete({"model_version": "m1", "items": len(sampled), "rows": len(rows)})
+    facts = execute(run, "refresh", refresh.run)
+    tables = {name: run.staging("refresh").read(name) for name in OUTPUTS}
+    for name, table in tables.items():
+        assert table.schema == schema(name).arrow_schema, name
+        assert facts["rows"][name] == table.num_rows
+        assert table.num_rows == 0 or pc.unique(table["refresh_date"]).to_pylist() == [run.run_date]
+        for column, value in (
+            ("run_id", run.run_id),
+            ("space_version", facts["space_version"]),
+            ("model_version", "m1"),
+        ):
+            assert pc.all(pc.equal(table[column], value)).as_py() is not False
+        key = [c for c in schema(name).key if c != "refresh_date"]
+        assert list(zip(*(table[c].to_pylist() for c in key[:1]), strict=True)) == sorted(
+            zip(*(table[c].to_pylist() for c in key[:1]), strict=True)
+        )
+    return facts, tables, cf.load_space(run, chosen["space_version"])
+
+
+def _publish(run: Run) -> None:
+    """Commit what the stage left as the stage `publish` does: tables, then the row of `runs`."""
+    staged = run.staging("refresh")
+    versions = {
+        name: run.lake.commit(
+            name, staged.read(name), app=f"{name}/{run.run_date}", replace={"refresh_date": run.run_date}
+        )
+        for name in OUTPUTS
+    }
+    run.record("publish", {"space_version": staged.facts()["space_version"]}, 0.0, versions)
+
+
+def _by_id(table: pa.Table) -> dict[str, dict[str, Any]]:
+    key = "item_id" if "item_id" in table.column_names else "user_id"
+    vectors = from_column(table["embedding"])
+    return {row[key]: {**row, "embedding": v} for row, v in zip(table.to_pylist(), vectors, strict=True)}
+
+
+def _reference(space: cf.Space, weights: dict[str, float], *, side: str = "users", others: Any = None) -> np.ndarray:
+    """The closed form on the space's vectors (and on `others`: id -> vector), with the Gram matrix of the space alone."""
+    ids, matrix = (space.user_ids, space.users) if side == "users" else (space.item_ids, space.items)
+    vectors = {**dict(zip(ids, matrix, strict=True)), **(others or {})}
+    return fold_in(
+        np.stack([vectors[name] for name in weights]),
+        np.array([0, len(weights)]),
+        np.arange(len(weights)),
+        np.array(list(weights.values())),
+        alpha=space.facts["alpha"],
+        regularization=space.facts["regularization"],
+        scale=space.facts["item_scale" if side == "users" else "user_scale"],
+        gram_of_all=gram(matrix),
+    )[0]
+
+
+@pytest.mark.parametrize("by_probability", [True, False])
+def test_cold_items_are_folded_in_and_the_space_stays_bit_for_bit(by_probability: bool, tmp_path: Path) -> None:
+    run = run_of(tmp_path, DAY, cf=BPR, refresh={"by_probability": by_probability}, snapshot={"warm_interactions": 2})
+    pairs = {**blocks(), ("u0-1", "new-0"): 3.0, ("u0-7", "new-0"): 1.0}  # a cold item with two real pairs
+    facts, tables, space = _night(run, pairs, SAMPLED, cold=("new-0", "new-1"))
+    items, users = _by_id(tables["item_embeddings"]), _by_id(tables["user_embeddings"])
+
+    assert facts["sources"] == {"cf": 18, "sampled": 2}
+    assert facts["space_version"] == space.version
+    for name, vector, count in zip(space.item_ids, space.items, space.interactions, strict=True):
+        assert items[name]["embedding"].tobytes() == vector.tobytes()
+        assert (items[name]["source"], items[name]["interactions"]) == ("cf", count)
+    for name, vector in zip(space.user_ids, space.users, strict=True):
+        assert users[name]["embedding"].tobytes() == vector.tobytes()
+    assert list(items) == sorted([*space.item_ids, "new-0", "new-1"])
+    weights = [1.0, 0.3 / 0.4, 0.1 / 0.4] if by_probability else [1.0, 1.0, 1.0]
+    # The sampled users united with the real ones, which count 1 each.
+    expected = _reference(space, {"u0-0": weights[0], "u0-1": 1.0, "u0-2": weights[2], "u0-7": 1.0})
+    np.testing.assert_allclose(items["new-0"]["embedding"], expected, rtol=1e-5)
+    assert (items["new-0"]["source"], items["new-0"]["interactions"]) == ("sampled", 2)
+    assert (items["new-1"]["source"], items["new-1"]["interactions"]) == ("sampled", 0)
+    assert items["new-1"]["updated_at"] == datetime(2026, 3, 1, tzinfo=UTC)
+    best = max(space.item_ids, key=lambda i: float(items[i]["embedding"] @ items["new-0"]["embedding"]))
+    assert best.startswith("i0")
+    kept = tables["sampled_interactions"].select(["item_id", "user_id", "rank", "probability", "propensity"])
+    assert kept.equals(run.staging("filterllm_score").read("sampled").cast(kept.schema))
+
+
+def test_refresh_users_cuts_what_is_used_not_what_is_published(tmp_path: Path) -> None:
+    run = run_of(tmp_path, DAY, cf=BPR, refresh={"users": 1})
+    _, tables, space = _night(run, blocks(), SAMPLED, cold=("new-0", "new-1"))
+    assert tables["sampled_interactions"].num_rows == 6
+    items = _by_id(tables["item_embeddings"])
+    np.testing.assert_allclose(items["new-1"]["embedding"], _reference(space, {"u1-5": 1.0}), rtol=1e-5)
+
+
+def test_the_next_night(tmp_path: Path) -> None:
+    first = run_of(tmp_path, DAY, cf=BPR)
+    _night(first, blocks(), SAMPLED, cold=("new-0", "new-1"))
+    _publish(first)
+    published = _by_id(first.lake.read("item_embeddings"))
+
+    pairs = {pair: w for pair, w in blocks().items() if pair[0] != "u2-7"}  # a user is deleted
+    newcomer = {("zed", "i1-0"): 1.0, ("zed", "i1-3"): 1.0}  # a new user of known items
+    warm = {("u0-0", "new-0"): 2.0, ("u0-4", "new-0"): 1.0}  # cold yesterday
+    fresh = {("u1-1", "fresh"): 1.0, ("zed", "fresh"): 5.0}  # never seen before; a new user among its users
+    lost = {("alone", "unknown"): 1.0}  # a new user of a new item: nothing ties them to the space
+    pairs = {**pairs, **newcomer, **warm, **fresh, **lost}
+    second = run_of(tmp_path, NEXT, 2, cf=BPR)
+    sampled = {"new-1": [("u2-7", 0.5), ("u1-4", 0.2), ("u1-5", 0.1)]}
+    facts, tables, space = _night(second, pairs, sampled, cold=("new-1",))
+    items, users = _by_id(tables["item_embeddings"]), _by_id(tables["user_embeddings"])
+
+    assert facts["sources"] == {"carried_over": 1, "cf": 19, "sampled": 1}
+    assert (facts["users_folded_in"], facts["users_left_out"], facts["items_left_out"]) == (1, 1, 1)
+    assert facts["sampled_dropped"] == 1
+    assert items["i0-0"]["embedding"].tobytes() == published["i0-0"]["embedding"].tobytes()
+    assert items["i0-0"]["updated_at"] == datetime(2026, 3, 1, tzinfo=UTC)  # when the space was trained
+    carried = items["new-0"]
+    assert (carried["source"], carried["embedding"].tobytes()) == (
+        "carried_over",
+        published["new-0"]["embedding"].tobytes(),
+    )
+    assert (carried["updated_at"], carried["interactions"]) == (datetime(2026, 3, 1, tzinfo=UTC), 0)
+    zed = _reference(space, {"i1-0": 1.0, "i1-3": 1.0}, side="items")
+    np.testing.assert_allclose(users["zed"]["embedding"], zed, rtol=1e-5)
+    expected = _reference(space, {"u1-1": 1.0, "zed": 1.0}, others={"zed": users["zed"]["embedding"]})
+    np.testing.assert_allclose(items["fresh"]["embedding"], expected, rtol=1e-5)
+    assert (items["fresh"]["source"], items["fresh"]["interactions"]) == ("cf", 2)
+    assert items["fresh"]["updated_at"] == datetime(2026, 3, 2, tzinfo=UTC)
+    assert not {"unknown"} & set(items)
+    assert not {"u2-7", "alone"} & set(users)
+    # The deleted user is neither published nor used; the first of who is left counts 1.
+    assert tables["sampled_interactions"]["user_id"].to_pylist() == ["u1-4", "u1-5"]
+    np.testing.assert_allclose(items["new-1"]["embedding"], _reference(space, {"u1-4": 1.0, "u1-5": 0.5}), rtol=1e-5)
+
+
+def test_nothing_is_carried_over_from_another_space_or_a_later_night(tmp_path: Path) -> None:
+    later = run_of(tmp_path, date(2026, 3, 5), 1, cf=BPR)
+    _night(later, blocks(), SAMPLED, cold=("new-0", "new-1"))
+    _publish(later)
+    earlier = run_of(tmp_path, date(2026, 2, 1), 2, cf={**BPR, "weight_decay": 0.01})
+    _night(earlier, blocks(), SAMPLED, cold=("new-0", "new-1"))
+    _publish(earlier)
+    run = run_of(tmp_path, DAY, 3, cf=BPR)
+    snapshot(run, blocks())
+    execute(run, "cf", cf.run)  # the space of this night does not know new-0, which has become warm since
+    run.staging("snapshot").clear()
+    facts, tables, space = _night(run, {**blocks(), ("u0-0", "new-0"): 2.0}, {})
+    items = _by_id(tables["item_embeddings"])
+    assert facts["sources"] == {"cf": 19}
+    np.testing.assert_allclose(items["new-0"]["embedding"], _reference(space, {"u0-0": 1.0}), rtol=1e-5)
+    assert tables["sampled_interactions"].num_rows == 0
+    assert tables["sampled_interactions"].schema == schema("sampled_interactions").arrow_schema
+
+
+def test_weights_of_real_pairs_are_the_space_s(tmp_path: Path) -> None:
+    settings = {**BPR, "binary": False}
+    snapshot(first := run_of(tmp_path, DAY, cf=settings), blocks())
+    execute(first, "cf", cf.run)
+    run = run_of(tmp_path, NEXT, 2, cf=settings)
+    _, tables, space = _night(run, {**blocks(), ("u0-0", "new-0"): 5.0, ("u0-1", "new-0"): 1.0}, {})
+    expected = _reference(space, {"u0-0": np.log1p(5.0), "u0-1": np.log1p(1.0)})
+    np.testing.assert_allclose(_by_id(tables["item_embeddings"])["new-0"]["embedding"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["als", "bpr"])
+def test_retraining_on_the_union_makes_a_space_of_its_own(model: str, spark: Any, tmp_path: Path) -> None:
+    settings = BPR if model == "bpr" else {}
+    run = run_of(tmp_path, DAY, cf=settings, refresh={"method": "retrain"}, snapshot={"warm_interactions": 2})
+    pairs = {**blocks(), ("u0-1", "new-0"): 3.0}  # real and sampled: one pair
+    facts, tables, space = _night(run, pairs, SAMPLED, cold=("new-0", "new-1"))
+    items = _by_id(tables["item_embeddings"])
+    assert facts["space_version"] != space.version
+    assert (facts["aligned_to"], facts["sources"]) == (space.version, {"cf": 18, "sampled": 2})
+    assert 0 < facts["residual"] < 0.9
+    union = cf.load_space(run, facts["space_version"])
+    for table, ids, matrix in (
+        ("item_embeddings", union.item_ids, union.items),
+        ("user_embeddings", union.user_ids, union.users),
+    ):
+        rows = _by_id(tables[table])
+        assert list(rows) == ids
+        assert all(rows[name]["embedding"].tobytes() == v.tobytes() for name, v in zip(ids, matrix, strict=True))
+    assert (items["new-0"]["interactions"], items["new-1"]["interactions"]) == (1, 0)
+    scores = {u: float(v @ items["new-0"]["embedding"]) for u, v in zip(union.user_ids, union.users, strict=True)}
+    own, other = ([scores[f"u{b}-{i}"] for i in range(8)] for b in (0, 2))
+    assert np.mean(own) > np.mean(other)
+    # The next night's stage cf takes up the night's space, not this one.
+    following = run_of(tmp_path, NEXT, 2, cf=settings, snapshot={"warm_interactions": 2})
+    snapshot(following, pairs, ("new-0", "new-1"))
+    assert execute(following, "cf", cf.run)["space_version"] == space.version
+
+
+def test_again_it_leaves_the_same_bytes(tmp_path: Path) -> None:
+    run = run_of(tmp_path, DAY, cf=BPR)
+    _night(run, blocks(), SAMPLED, cold=("new-0", "new-1"))
+    files = [json.loads(run.staging("refresh").read_bytes("manifest.json"))["files"]]
+    run.staging("refresh").clear()
+    execute(run, "refresh", refresh.run)
+    files.append(json.loads(run.staging("refresh").read_bytes("manifest.json"))["files"])
+    assert files[0] == files[1]
+
+
+def test_vectors_that_are_not_finite_are_not_staged(tmp_path: Path) -> None:
+    run = run_of(tmp_path, DAY, cf=BPR)
+    snapshot(run, blocks())
+    version = execute(run, "cf", cf.run)["space_version"]
+    artifact = run.artifact("spaces", version)
+    facts, users = artifact.facts(), artifact.read("users")
+    broken = from_column(users["embedding"]).copy()
+    broken[3, 1] = np.nan
+    artifact.write("users", users.set_column(1, "embedding", refresh.to_column(broken)))
+    artifact.complete(facts)
+    run.staging("snapshot").clear()
+    with pytest.raises(refresh.RefreshError, match=f"vectors of space {version} are not finite"):
+        _night(run, blocks(), {})
