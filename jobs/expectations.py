@@ -76,21 +76,12 @@ def check(
     Raises:
         GateError: an expectation is not met, or could not be evaluated.
     """
-    for table in {view.table for view in views}:
-        stated = {e["meta"]["view"] for e in schema(table).expectations}
-        given = {view.name for view in views if view.table == table}
-        if stated != given:
-            raise GateError(
-                f"schemas/{table}.yaml states expectations on {sorted(stated)}, checked are {sorted(given)}"
-            )
-    with _quiet(), tempfile.TemporaryDirectory(prefix="data_docs_") as folder:
-        results = _validate(views, parameters, folder, name, at)
+    with tempfile.TemporaryDirectory(prefix="data_docs_") as folder:
+        evaluated, failures = evaluate(views, parameters, name=name, at=at, docs=folder)
         for file in sorted(Path(folder).rglob("*")):
             if file.is_file():
                 out.write_bytes(f"{DOCS}/{file.relative_to(folder).as_posix()}", file.read_bytes())
     docs = out.path(f"{DOCS}/index.html")
-    failures = [_describe(view, result) for view, found in results for result in found if not result.success]
-    evaluated = sum(len(found) for _, found in results)
     if failures:
         lines = "\n".join(f"  {line}" for line in failures)
         raise GateError(
@@ -99,8 +90,32 @@ def check(
     return {"expectations": evaluated, "succeeded": evaluated, "data_docs": docs}
 
 
+def evaluate(
+    views: list[View], parameters: dict[str, Any], *, name: str, at: datetime, docs: str | None = None
+) -> tuple[int, list[str]]:
+    """How many expectations the views' tables state, and one line for each that is not met.
+
+    Args:
+        docs: a local folder for the Data Docs; none are written without it.
+
+    Raises:
+        GateError: a view that the schemas state expectations on is not among `views`, or the other way round.
+    """
+    for table in {view.table for view in views}:
+        stated = {e["meta"]["view"] for e in schema(table).expectations}
+        given = {view.name for view in views if view.table == table}
+        if stated != given:
+            raise GateError(
+                f"schemas/{table}.yaml states expectations on {sorted(stated)}, checked are {sorted(given)}"
+            )
+    with _quiet():
+        results = _validate(views, parameters, docs, name, at)
+    failures = [_describe(view, result) for view, found in results for result in found if not result.success]
+    return sum(len(found) for _, found in results), failures
+
+
 def _validate(
-    views: list[View], parameters: dict[str, Any], docs: str, name: str, at: datetime
+    views: list[View], parameters: dict[str, Any], docs: str | None, name: str, at: datetime
 ) -> list[tuple[View, list[Any]]]:
     import great_expectations as gx
     from great_expectations.core.run_identifier import RunIdentifier
@@ -118,7 +133,7 @@ def _validate(
     }
     config = DataContextConfig(
         store_backend_defaults=InMemoryStoreBackendDefaults(),
-        data_docs_sites={"gates": site},
+        data_docs_sites={"gates": site} if docs else {},
         analytics_enabled=False,
         progress_bars=ProgressBarsConfig(globally=False),
     )
@@ -140,7 +155,8 @@ def _validate(
             run_id=RunIdentifier(run_name=name, run_time=at),
         )
         results.append((view, list(result.results)))
-    context.build_data_docs()
+    if docs:
+        context.build_data_docs()
     return results
 
 
@@ -159,8 +175,13 @@ def _describe(view: View, result: Any) -> str:
     line += f"{found['unexpected_count']} of {found['element_count']} rows fail"
     examples = found.get("partial_unexpected_index_list") or []
     order = [*view.key, config["kwargs"].get("column")]
-    shown = [", ".join(f"{k}={row[k]!r}" for k in dict.fromkeys(order) if k in row) for row in examples[:_EXAMPLES]]
+    shown = [", ".join(f"{k}={_plain(row[k])!r}" for k in dict.fromkeys(order) if k in row) for row in examples]
     return f"{line}; such as: {'; '.join(shown)}" if shown else line
+
+
+def _plain(value: Any) -> Any:
+    """A numpy scalar as Python's own, for the message."""
+    return value.item() if hasattr(value, "item") else value
 
 
 def _exceptions(info: Any) -> list[str]:

@@ -24,7 +24,7 @@ from udfs.cleaning import SET_ASIDE
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["GateError", "check_inputs", "refresh_digest", "run"]
+__all__ = ["GateError", "check_inputs", "input_views", "output_views", "refresh_digest", "run"]
 
 _LINEAGE = ["refresh_date", "run_id", "model_version", "space_version"]
 
@@ -75,20 +75,10 @@ def _input_counts(facts: dict[str, Any], rejected: pa.Table, staged: dict[str, i
     return pa.Table.from_pylist(rows).to_pandas()
 
 
-def check_inputs(run: Run, out: Staging, facts: dict[str, Any]) -> dict[str, Any]:
-    """The gate of the inputs, at the end of stage snapshot, on the tables that it left in `out` and on its facts.
-
-    Args:
-        facts: rows_in, rows_used, rows_rejected: input table -> rows.
-
-    Returns:
-        expectations, succeeded, data_docs.
-
-    Raises:
-        GateError: rows are unaccounted for, too many are bad, there is no warm item or no user, an id is null, ...
-    """
+def input_views(run: Run, out: Staging, facts: dict[str, Any]) -> tuple[list[View], dict[str, Any]]:
+    """The views of the snapshot's tables in `out`, and the values that their expectations name."""
     users, items = _staged(out, "users"), _staged(out, "items_labelled")
-    pairs = _staged(out, "training_interactions")
+    pairs = _staged(out, "training_interactions", ["user_id", "item_id", "weight", "events"])
     rejected = _staged(out, "rejected_rows", ["table", "key", "reason", "detail", "rows"])
     staged = {"interactions": pc.sum(pairs["events"]).as_py() or 0, "items": items.num_rows}
     by_item = gate_views.training_by_item(pairs, items["item_id"], users["user_id"])
@@ -102,13 +92,28 @@ def check_inputs(run: Run, out: Staging, facts: dict[str, Any]) -> dict[str, Any
         View("rejected_rows", "inputs", _input_counts(facts, rejected, staged), ("table", "rows_in")),
         View("rejected_rows", "reasons", reasons, ("table", "reason")),
     ]
-    parameters = {
+    return views, {
         "rejected_share": run.settings.gates.rejected_share,
         "input_tables": sorted(facts["rows_in"]),
         "n_inputs": len(facts["rows_in"]),
         "last_user": users.num_rows - 1,
         "last_item": items.num_rows - 1,
     }
+
+
+def check_inputs(run: Run, out: Staging, facts: dict[str, Any]) -> dict[str, Any]:
+    """The gate of the inputs, at the end of stage snapshot, on the tables that it left in `out` and on its facts.
+
+    Args:
+        facts: rows_in, rows_used, rows_rejected: input table -> rows.
+
+    Returns:
+        expectations, succeeded, data_docs.
+
+    Raises:
+        GateError: rows are unaccounted for, too many are bad, there is no warm item or no user, an id is null, ...
+    """
+    views, parameters = input_views(run, out, facts)
     return check(
         views,
         parameters,
@@ -175,11 +180,53 @@ def _user_views(run: Run, users: pa.Table, in_space: np.ndarray) -> list[View]:
     ]
 
 
-def _space_view(cf: dict[str, Any]) -> View:
-    residual = cf.get("residual") if cf.get("aligned_to") else 0.0
-    row = {"space_version": cf["space_version"], "aligned_to": cf.get("aligned_to"), "residual": residual}
+def _space_view(space: dict[str, Any]) -> View:
+    residual = space.get("residual") if space.get("aligned_to") else 0.0
+    row = {"space_version": space["space_version"], "aligned_to": space.get("aligned_to"), "residual": residual}
     frame = pa.Table.from_pylist([row]).to_pandas()
     return View("space", "alignment", frame.astype({"residual": float}), ("space_version", "aligned_to"))
+
+
+def output_views(run: Run) -> tuple[list[View], dict[str, Any]]:
+    """The views of what stage refresh left, and the values of the run that their expectations name."""
+    snapshot, settings = run.staging("snapshot"), run.settings
+    scored = run.staging("filterllm_score").facts()
+    # Method retrain makes a space of its own; otherwise the vectors must be in the space that stage cf named.
+    space = run.staging("refresh" if settings.refresh.method == "retrain" else "cf").facts()
+    users = _staged(snapshot, "users")
+    items = _staged(snapshot, "items_labelled", ["item_id", "item_idx", "label", "content"]).sort_by("item_idx")
+    users = users.sort_by("user_idx")
+    trained = run.artifact("spaces", space["space_version"]).read("users", ["user_id"])
+    in_space = gate_views.known(users["user_id"], trained["user_id"])
+    pairs = _staged(snapshot, "training_interactions", ["user_idx", "item_idx"])
+    placed = np.zeros(items.num_rows, dtype=bool)
+    placed[pairs["item_idx"].to_numpy()[in_space[pairs["user_idx"].to_numpy()]]] = True
+
+    views = [
+        *_sampled_views(run, items, users),
+        *_item_views(run, items, placed),
+        *_user_views(run, users, in_space),
+        _space_view(space),
+    ]
+    rows = {view.title: len(view.frame) for view in views}
+    return views, {
+        "run_id": [run.run_id],
+        "refresh_date": [run.run_date.isoformat()],
+        "model_version": [scored["model_version"]],
+        "space_version": [space["space_version"]],
+        "users_per_item": min(settings.sampling.k, _scorable(run, scored, users)),
+        "items_scored": scored["items"],
+        "items_to_sample": rows["sampled_interactions.expected"],
+        "items_to_embed": rows["item_embeddings.expected"],
+        "items": items.num_rows,
+        "users_to_embed": rows["user_embeddings.expected"],
+        "users": users.num_rows,
+        "dimension": space["dimension"],
+        "norm_low": settings.gates.norm_low,
+        "norm_high": settings.gates.norm_high,
+        "norm_mostly": settings.gates.norm_mostly,
+        "procrustes_residual": settings.gates.procrustes_residual,
+    }
 
 
 def run(run: Run, out: Staging) -> dict[str, Any]:
@@ -191,43 +238,9 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
     Raises:
         GateError: an expectation is not met; nothing will be published.
     """
-    snapshot, refreshed, settings = run.staging("snapshot"), run.staging("refresh"), run.settings
+    refreshed = run.staging("refresh")
     refreshed.verify()
-    cf, scored = run.staging("cf").facts(), run.staging("filterllm_score").facts()
-    users = _staged(snapshot, "users")
-    items = _staged(snapshot, "items_labelled", ["item_id", "item_idx", "label", "content"]).sort_by("item_idx")
-    users = users.sort_by("user_idx")
-    space = run.artifact("spaces", cf["space_version"])
-    in_space = gate_views.known(users["user_id"], space.read("users", ["user_id"])["user_id"])
-    pairs = _staged(snapshot, "training_interactions", ["user_idx", "item_idx"])
-    placed = np.zeros(items.num_rows, dtype=bool)
-    placed[pairs["item_idx"].to_numpy()[in_space[pairs["user_idx"].to_numpy()]]] = True
-
-    views = [
-        *_sampled_views(run, items, users),
-        *_item_views(run, items, placed),
-        *_user_views(run, users, in_space),
-        _space_view(cf),
-    ]
-    expected = {view.title: len(view.frame) for view in views}
-    parameters = {
-        "run_id": [run.run_id],
-        "refresh_date": [run.run_date.isoformat()],
-        "model_version": [scored["model_version"]],
-        "space_version": [cf["space_version"]],
-        "users_per_item": min(settings.sampling.k, _scorable(run, scored, users)),
-        "items_scored": scored["items"],
-        "items_to_sample": expected["sampled_interactions.expected"],
-        "items_to_embed": expected["item_embeddings.expected"],
-        "items": items.num_rows,
-        "users_to_embed": expected["user_embeddings.expected"],
-        "users": users.num_rows,
-        "dimension": cf["dimension"],
-        "norm_low": settings.gates.norm_low,
-        "norm_high": settings.gates.norm_high,
-        "norm_mostly": settings.gates.norm_mostly,
-        "procrustes_residual": settings.gates.procrustes_residual,
-    }
+    views, parameters = output_views(run)
     facts = check(
         views,
         parameters,

@@ -48,7 +48,7 @@ def _stop_if_overtaken(run: Run, table: str, version: int | None = None) -> None
 
 
 def _lineage(run: Run, checked: dict[str, Any]) -> dict[str, Any]:
-    scored, cf = run.staging("filterllm_score").facts(), run.staging("cf").facts()
+    refreshed = run.staging("refresh").facts()
     return {
         "run_id": run.run_id,
         "refresh_date": run.run_date.isoformat(),
@@ -56,8 +56,8 @@ def _lineage(run: Run, checked: dict[str, Any]) -> dict[str, Any]:
         "input_versions": run.input_versions,
         "conf_hash": run.conf_hash,
         "code_version": code_version(),
-        "model_version": scored["model_version"],
-        "space_version": cf["space_version"],
+        "model_version": refreshed["model_version"],
+        "space_version": refreshed["space_version"],
         "rows": checked["rows"],
     }
 

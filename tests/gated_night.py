@@ -54,7 +54,14 @@ def snapshot_tables(cold: int = COLD) -> dict[str, pa.Table]:
         for i, item in enumerate(items)
     ]
     training = [
-        {"user_id": USER_IDS[u], "item_id": WARM_IDS[i], "user_idx": u, "item_idx": i + cold, "weight": 1.0, "events": 2}
+        {
+            "user_id": USER_IDS[u],
+            "item_id": WARM_IDS[i],
+            "user_idx": u,
+            "item_idx": i + cold,
+            "weight": 1.0,
+            "events": 2,
+        }
         for u, i in pairs
     ]
     rejected = [
@@ -127,23 +134,31 @@ def stage(
     cold: int = COLD,
     breaks: dict[str, Break] | None = None,
     cf: dict[str, Any] | None = None,
+    refresh: dict[str, Any] | None = None,
 ) -> None:
-    """Leave everything that the gates read; `breaks`: output table -> what is done to it first; `cf`: facts to change."""
-    space, model = run.artifact("spaces", "s1"), run.artifact("models", "m1")
-    if not space.is_complete():
-        space.write("users", pa.table({"user_id": USER_IDS}))
-        space.complete({})
+    """Leave everything that the gates read.
+
+    Args:
+        breaks: output table -> what is done to it first.
+        cf, refresh: facts of these stages to change.
+    """
+    model = run.artifact("models", "m1")
+    if not model.is_complete():
+        for version in ("s1", "s2"):
+            run.artifact("spaces", version).write("users", pa.table({"user_id": USER_IDS}))
+            run.artifact("spaces", version).complete({})
         model.write("users", pa.table({"user_id": [*USER_IDS, "gone"]}))
         model.complete({})
     tables = snapshot_tables(cold)
     outputs = refresh_tables(run, cold)
     for name, change in (breaks or {}).items():
         outputs[name] = change(outputs[name])
+    space = {"space_version": "s1", "dimension": DIMENSION, "aligned_to": None, "residual": None, **(cf or {})}
     facts: dict[str, dict[str, Any]] = {
         "snapshot": snapshot_facts(tables),
-        "cf": {"space_version": "s1", "dimension": DIMENSION, "aligned_to": None, "residual": None, **(cf or {})},
+        "cf": space,
         "filterllm_score": {"items": cold, "rows": cold * K, "model_version": "m1", "space_version": "s1"},
-        "refresh": {},
+        "refresh": {**space, "model_version": "m1", **(refresh or {})},
     }
     for name, body in facts.items():
         out = run.staging(name)

@@ -1,0 +1,260 @@
+"""Publishing: all or nothing, exactly once, also when it is killed between two tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from deltalake import DeltaTable, write_deltalake
+
+from jobs import gates, item_index, publish, published
+from jobs.lake import Lake, LakeError
+from jobs.run import OUTPUTS, Run, execute
+from jobs.staging import StagingError
+from schemas.table import table as schema
+from tests import gated_night as night
+
+
+def gated(lake: Path, **kind: Any) -> Run:
+    """A night that has passed its gates; what the gates say of it is not asked again here."""
+    run = night.run_of(lake, **{k: v for k, v in kind.items() if k in ("sequence", "run_date")})
+    night.stage(run, cold=kind.get("cold", night.COLD))
+    out = run.staging("gates")
+    out.clear()
+    out.write_bytes("data_docs/index.html", b"")
+    rows = {name: run.staging("refresh").read(name).num_rows for name in OUTPUTS}
+    out.complete({"refresh_digest": gates.refresh_digest(run), "rows": rows})
+    return run
+
+
+def tables(lake: Path) -> dict[str, list[dict[str, Any]]]:
+    """The rows of every published table, in an order of their own."""
+    read = {name: Lake(str(lake)).read(name).to_pylist() for name in publish.TABLES}
+    return {name: sorted(rows, key=lambda r: json.dumps(r, default=str)) for name, rows in read.items()}
+
+
+def test_a_night_is_published_with_its_lineage(tmp_path: Path) -> None:
+    run = gated(tmp_path)
+    facts = execute(run, "publish", publish.run)
+    assert facts["rows"] == {
+        "rejected_rows": 3,
+        "sampled_interactions": 30,
+        "item_embeddings": 26,
+        "user_embeddings": 12,
+    }
+    for name in publish.TABLES:
+        table = run.lake.table(name)
+        assert table.version() == facts["output_versions"][name]
+        commit = table.history(1)[0]
+        lineage = json.loads(commit["lineage"])
+        assert lineage["run_id"] == run.run_id
+        assert lineage["input_versions"] == {"interactions": 3, "items": 1}
+        assert lineage["conf_hash"] == run.conf_hash
+        assert lineage["model_version"] == "m1"
+        assert lineage["rows"]["item_embeddings"] == 26
+        assert table.transaction_version(f"{name}/2026-03-01") == 1
+        assert set(run.lake.read(name)["run_id"].to_pylist()) == {run.run_id}
+    staged = run.staging("refresh").read("item_embeddings")
+    there = published.latest(run.lake).item_embeddings()
+    assert there["embedding"].to_pylist() == staged.sort_by("item_id")["embedding"].to_pylist()
+    row = next(r for r in run.lake.read("runs").to_pylist() if r["stage"] == "publish")
+    assert json.loads(row["output_versions"]) == facts["output_versions"]
+
+
+def test_publishing_again_changes_nothing(tmp_path: Path) -> None:
+    run = gated(tmp_path)
+    first = execute(run, "publish", publish.run)
+    assert execute(run, "publish", publish.run) == first
+    run.staging("publish").clear()  # as if it had been killed before its manifest
+    again = execute(run, "publish", publish.run)
+    assert again["output_versions"] == first["output_versions"]
+    assert [run.lake.version(name) for name in publish.TABLES] == list(first["output_versions"].values())
+    assert run.lake.read("runs").num_rows == 1
+
+
+# Where the process ends, as a kill ends it: before the index's manifest, or before the commit of table number n.
+@pytest.mark.parametrize("after", ["index", "0", "1", "2", "3", "4"])
+def test_killed_anywhere_and_run_again_the_tables_are_those_of_an_undisturbed_night(tmp_path: Path, after: str) -> None:
+    undisturbed = gated(tmp_path / "undisturbed")
+    execute(undisturbed, "publish", publish.run)
+    run = gated(tmp_path / "killed")
+    script = f"""
+import os
+from pathlib import Path
+from jobs import publish
+from jobs.lake import Lake
+from jobs.run import execute
+from jobs.staging import Staging
+from tests import gated_night
+
+commit, complete, done = Lake.commit, Staging.complete, []
+
+def counted(self, *args, **kwargs):
+    if len(done) == {4 if after == "index" else int(after)}:
+        os._exit(9)
+    done.append(args)
+    return commit(self, *args, **kwargs)
+
+def half(self, facts):
+    if "_index" in self.uri and {after == "index"}:
+        os._exit(9)
+    complete(self, facts)
+
+Lake.commit, Staging.complete = counted, half
+run = gated_night.run_of(Path({str(tmp_path / "killed")!r}))
+execute(run, "publish", publish.run)
+"""
+    killed = subprocess.run(
+        [sys.executable, "-c", script], cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )
+    assert killed.returncode == 9, killed.stderr
+    # Readers do not see the half of it.
+    with pytest.raises(published.NotPublishedError):
+        published.latest(run.lake)
+    execute(run, "publish", publish.run)
+    assert tables(tmp_path / "killed") == tables(tmp_path / "undisturbed")
+    night_there = published.latest(run.lake)
+    assert night_there.item_embeddings().num_rows == 26
+    assert night_there.sampled_interactions().num_rows == 30
+
+
+def test_a_later_run_replaces_the_date_and_leaves_other_dates(tmp_path: Path) -> None:
+    other = gated(tmp_path, run_date=night.RUN_DATE - timedelta(days=1))
+    execute(other, "publish", publish.run)
+    first = gated(tmp_path)
+    execute(first, "publish", publish.run)
+    second = gated(tmp_path, sequence=2)
+    execute(second, "publish", publish.run)
+    for name in publish.TABLES:
+        assert set(second.lake.read(name)["run_id"].to_pylist()) == {other.run_id, second.run_id}
+    assert published.latest(second.lake).run_id == second.run_id
+    # The one before can still be read, at its versions.
+    assert published.latest(second.lake, other.run_date).item_embeddings()["run_id"][0].as_py() == other.run_id
+
+
+def test_an_earlier_run_does_not_pretend_to_publish_over_a_later_one(tmp_path: Path) -> None:
+    late = gated(tmp_path, sequence=2)
+    execute(late, "publish", publish.run)
+    before = tables(tmp_path)
+    early = gated(tmp_path, sequence=1)
+    with pytest.raises(publish.PublishError, match="number 2 of that date, and this is number 1"):
+        execute(early, "publish", publish.run)
+    assert tables(tmp_path) == before
+    assert published.latest(early.lake).run_id == late.run_id
+
+
+def test_a_later_run_that_publishes_meanwhile_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    early, late = gated(tmp_path, sequence=1), gated(tmp_path, sequence=2)
+    commit = Lake.commit
+
+    def overtaken(self: Lake, name: str, rows: pa.Table, **kwargs: Any) -> int:
+        if name == "item_embeddings" and kwargs["sequence"] == 1:
+            execute(late, "publish", publish.run)
+        return commit(self, name, rows, **kwargs)
+
+    monkeypatch.setattr(Lake, "commit", overtaken)
+    with pytest.raises(publish.PublishError, match="table 'item_embeddings'"):
+        execute(early, "publish", publish.run)
+    assert published.latest(late.lake).run_id == late.run_id
+    assert {run_id for name in publish.TABLES for run_id in late.lake.read(name)["run_id"].to_pylist()} == {late.run_id}
+
+
+def test_a_night_without_cold_items_empties_what_an_earlier_run_of_the_date_sampled(tmp_path: Path) -> None:
+    execute(gated(tmp_path), "publish", publish.run)
+    run = gated(tmp_path, sequence=2, cold=0)
+    facts = execute(run, "publish", publish.run)
+    assert facts["rows"]["sampled_interactions"] == 0
+    assert published.latest(run.lake).sampled_interactions().num_rows == 0
+    assert run.lake.read("sampled_interactions").num_rows == 0
+
+
+def test_nothing_is_published_that_was_not_gated(tmp_path: Path) -> None:
+    run = gated(tmp_path)
+    run.staging("gates").clear()
+    with pytest.raises(StagingError, match="gates is not complete"):
+        publish.run(run, run.staging("publish"))
+    gated(tmp_path)
+    refreshed = run.staging("refresh")
+    changed = {name: refreshed.read(name) for name in OUTPUTS}
+    refreshed.write("user_embeddings", changed["user_embeddings"].slice(1))
+    with pytest.raises(StagingError, match="user_embeddings"):
+        publish.run(run, run.staging("publish"))
+    refreshed.complete({})  # staged anew, after the gates
+    with pytest.raises(publish.PublishError, match="computed again after the gates had passed"):
+        publish.run(run, run.staging("publish"))
+    assert not any(run.lake.exists(name) for name in publish.TABLES)
+
+
+@pytest.mark.parametrize("feature", ["clustering", "columnMapping"])
+def test_an_output_table_that_delta_rs_cannot_write_is_a_clear_error(tmp_path: Path, feature: str) -> None:
+    contract = schema("user_embeddings")
+    folder = tmp_path / "user_embeddings"
+    DeltaTable.create(str(folder), contract.arrow_schema, partition_by=["refresh_date"])
+    protocol: dict[str, Any] = {"minReaderVersion": 3, "minWriterVersion": 7}
+    protocol |= {"readerFeatures": [feature] if feature == "columnMapping" else []}
+    protocol |= {"writerFeatures": [feature, "domainMetadata"]}
+    (folder / "_delta_log" / f"{1:020}.json").write_text(json.dumps({"protocol": protocol}) + "\n")
+    run = gated(tmp_path)
+    with pytest.raises(LakeError, match=rf"table 'user_embeddings' .* cannot write: \['{feature}'\]"):
+        execute(run, "publish", publish.run)
+    with pytest.raises(published.NotPublishedError):
+        published.latest(run.lake)
+
+
+def test_an_output_table_of_another_shape_is_a_clear_error(tmp_path: Path) -> None:
+    write_deltalake(str(tmp_path / "user_embeddings"), pa.table({"who": ["a"]}))
+    run = gated(tmp_path)
+    with pytest.raises(LakeError, match=r"table 'user_embeddings' at .* cannot be written"):
+        execute(run, "publish", publish.run)
+
+
+def _clustered(n: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(40, 16))
+    return (centres[rng.integers(0, 40, n)] + 0.4 * rng.normal(size=(n, 16))).astype(np.float32)
+
+
+def test_the_index_of_a_small_catalogue_is_exact_and_beside_the_tables(tmp_path: Path) -> None:
+    run = gated(tmp_path)
+    facts = execute(run, "publish", publish.run)["index"]
+    assert facts["type"] == "IndexFlatIP"
+    assert facts["recall@20"] == 1.0
+    assert Path(facts["path"]) == tmp_path / "_index" / run.run_id / "items.faiss"
+    index = item_index.load(run.lake, run.run_id)
+    there = published.latest(run.lake)
+    items, user = there.item_embeddings(), item_index.matrix(there.user_embeddings())[3]
+    scores = item_index.matrix(items) @ user
+    best = np.argsort(-scores)[:5]
+    found = index.search(user, 5)
+    assert [item for item, _ in found] == [items["item_id"][int(i)].as_py() for i in best]
+    np.testing.assert_allclose([score for _, score in found], scores[best], rtol=1e-5)
+    os.remove(tmp_path / "_index" / run.run_id / "manifest.json")
+    with pytest.raises(StagingError, match="not complete"):
+        item_index.load(run.lake, run.run_id)
+
+
+def test_a_large_catalogue_gets_inverted_lists_with_measured_recall() -> None:
+    import faiss
+
+    vectors, queries = _clustered(6000, 1), _clustered(100, 2)
+    index, facts = item_index.build(vectors, queries, seed=7, exact_below=5000)
+    again, _ = item_index.build(vectors, queries, seed=7, exact_below=5000)
+    assert faiss.serialize_index(index).tobytes() == faiss.serialize_index(again).tobytes()
+    assert facts["type"] == "IndexIVFFlat"
+    assert 1 <= facts["probes"] < facts["lists"]
+    # The recall that is recorded, against a reference of its own: the exact top 20 in float64.
+    best = np.argsort(-(queries.astype(np.float64) @ vectors.T.astype(np.float64)), axis=1)[:, :20]
+    _, found = faiss.deserialize_index(faiss.serialize_index(index)).search(queries, 20)
+    recall = np.mean([len(set(f) & set(b)) / 20 for f, b in zip(found, best, strict=True)])
+    assert recall == pytest.approx(facts["recall@20"], abs=0.002)
+    assert facts["recall@20"] >= 0.95
+    index.nprobe = 1
+    assert item_index.recall(index, vectors, queries, 20) < 0.95
