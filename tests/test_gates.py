@@ -77,7 +77,7 @@ OUTPUT_BREAKS: list[tuple[str, str, Break, str, str]] = [
     ("fewer items", SAMPLED, lambda t: t.slice(K), "as many items are sampled as are cold and have text", "found 5"),
     ("propensity", SAMPLED, where("propensity", "guess"), "drawn as top_k or sampled", "propensity='guess'"),
     ("propensity null", SAMPLED, where("propensity", None), "says how it was drawn", "propensity=None"),
-    ("item embedded twice", ITEMS, again(0), "a item has one vector", "item_id='cold-00'"),
+    ("item embedded twice", ITEMS, again(0), "an item has one vector", "item_id='cold-00'"),
     ("vector without id", ITEMS, where("item_id", None), "every row names its item", "item_id=None"),
     ("unknown item", ITEMS, where("item_id", "ghost"), "every item is among tonight's items", "item_id='ghost'"),
     ("too few vectors", ITEMS, lambda t: t.slice(3), "every item that can be placed has a vector", "found 23"),
