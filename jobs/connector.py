@@ -2,7 +2,7 @@
 
 `python -m jobs.connector` (called by `make setup`) puts seven jars into the environment's `pyspark/jars`, as images for
 clusters do, so that a plain `spark-submit` finds them. It also makes the environment's own `spark-submit` work without
-activation, by naming this interpreter and this Spark in it.
+activation, by naming this interpreter and this Spark in it, and quiets Spark's log.
 """
 
 from __future__ import annotations
@@ -59,6 +59,18 @@ export SPARK_HOME="{spark_home}"
 export PYSPARK_PYTHON="${{PYSPARK_PYTHON:-$here/python}}"
 export PATH="$here:$PATH"
 exec "$SPARK_HOME/bin/spark-submit" "$@"
+"""
+
+
+# Spark's own default prints its start at INFO, hundreds of lines before a session can say otherwise.
+_LOGGING = """# Written by `python -m jobs.connector`: warnings and errors only.
+rootLogger.level = warn
+rootLogger.appenderRef.stderr.ref = stderr
+appender.stderr.type = Console
+appender.stderr.name = stderr
+appender.stderr.target = SYSTEM_ERR
+appender.stderr.layout.type = PatternLayout
+appender.stderr.layout.pattern = %d{yy/MM/dd HH:mm:ss} %p %c{1}: %m%n%ex
 """
 
 
@@ -119,6 +131,9 @@ def install(jars: str | None = None, mirror: str | None = None) -> None:
                         f"looked for *{name} in {source}" + (f", found another file {found}" if found else "")
                     )
                 shutil.copyfile(found, target / name)
+    logging = spark_home() / "conf" / "log4j2.properties"
+    logging.parent.mkdir(exist_ok=True)
+    logging.write_text(_LOGGING)
     script = Path(sys.executable).parent / "spark-submit"
     if script.exists():
         # A new file, never the old one rewritten: installers link it to their cache.

@@ -13,25 +13,29 @@ from schemas.table import table as schema
 from udfs import cleaning
 
 if TYPE_CHECKING:
-    from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql import Column, DataFrame, Row, SparkSession
 
 
-def _write(frame: DataFrame, out: Staging, name: str, order: str | None = None) -> None:
-    """Stage `frame` as table `name` with its contract's columns, in an order that does not depend on the cluster."""
+def _write(frame: DataFrame, out: Staging, name: str) -> None:
+    """Stage `frame` as table `name` with its contract's columns."""
     frame = frame.select(*[c.name for c in schema(name).columns if c.name not in ("refresh_date", "run_id")])
-    if order:
-        frame = frame.repartitionByRange(order).sortWithinPartitions(*(schema(name).key or (order,)))
     frame.write.mode("overwrite").option("compression", "zstd").parquet(spark_path(out.path(name)))
 
 
-def _digest(frame: DataFrame, *columns: str) -> str:
-    """Hash of the rows of `columns`, whatever their order: what is computed from them is named by it."""
+def _digest(*columns: str) -> list[Column]:
+    """Aggregates of which `_hex` makes a hash of the rows of `columns`, whatever their order.
+
+    What is computed from the rows is named by it; the staged files would not do, since Spark's differ from run to run.
+    """
     from pyspark.sql import functions as F
 
     row = F.sha2(F.to_json(F.struct(*columns), {"ignoreNullFields": "false"}), 256)
-    halves = [F.bit_xor(F.conv(F.substring(row, start, 15), 16, 10).cast("bigint")) for start in (1, 16)]
-    found = frame.select(*[h.alias(f"h{i}") for i, h in enumerate(halves)], F.count("*").alias("n")).first()
-    return f"{found['h0'] or 0:015x}{found['h1'] or 0:015x}-{found['n']}"
+    halves = (F.conv(F.substring(row, start, 15), 16, 10).cast("bigint") for start in (1, 16))
+    return [F.bit_xor(half).alias(f"digest{i}") for i, half in enumerate(halves)]
+
+
+def _hex(row: Row) -> str:
+    return f"{row['digest0'] or 0:015x}{row['digest1'] or 0:015x}-{row['n']}"
 
 
 def run(run: Run, out: Staging) -> dict[str, Any]:
@@ -71,13 +75,14 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
     pairs = pairs.persist()
     users, labelled = _label(pairs, kept_items, settings.warm_interactions, rejected)
 
-    _write(users, out, "users", "user_idx")
-    _write(labelled, out, "items_labelled", "item_idx")
+    _write(users, out, "users")
+    _write(labelled, out, "items_labelled")
     users, labelled = (spark.read.parquet(spark_path(out.path(name))) for name in ("users", "items_labelled"))
     numbered = pairs.join(users.select("user_id", "user_idx"), "user_id").join(
         labelled.select("item_id", "item_idx"), "item_id"
     )
-    _write(numbered, out, "training_interactions", "user_idx")
+    # In one order whenever it is computed: what ALS adds up in another order differs in the last bits.
+    _write(numbered.sortWithinPartitions("user_idx", "item_idx"), out, "training_interactions")
     together = rejected[0]
     for more in rejected[1:]:
         together = together.unionByName(more)
@@ -127,24 +132,28 @@ def _facts(spark: SparkSession, out: Staging, rows_in: dict[str, int]) -> dict[s
     def staged(name: str) -> DataFrame:
         return spark.read.parquet(spark_path(out.path(name)))
 
-    pairs, items = staged("training_interactions"), staged("items_labelled")
-    used = pairs.agg(F.count("*").alias("pairs"), F.coalesce(F.sum("events"), F.lit(0)).alias("events")).first()
-    labels = {row["label"]: row["count"] for row in items.groupBy("label").count().collect()}
-    bad = {
-        row["table"]: row["rows"]
-        for row in staged("rejected_rows").groupBy("table").agg(F.sum("rows").alias("rows")).collect()
-    }
-    reasons = staged("rejected_rows").groupBy("table", "reason").agg(F.sum("rows").alias("rows")).collect()
+    pairs = staged("training_interactions").agg(
+        F.count("*").alias("n"),
+        F.coalesce(F.sum("events"), F.lit(0)).alias("events"),
+        *_digest("user_id", "item_id", "weight", "last_time", "last_seq"),
+    )
+    items = staged("items_labelled").agg(
+        F.count("*").alias("n"),
+        F.count_if(F.col("label") == "warm").alias("warm"),
+        *_digest("item_id", "label", "interactions", "text_sha256"),
+    )
+    rejected = staged("rejected_rows").groupBy("table", "reason").agg(F.sum("rows").alias("rows"))
+    (used,), (labels,), reasons = pairs.collect(), items.collect(), sorted(rejected.collect())
     return {
         "rows_in": rows_in,
-        "rows_used": {"interactions": used["events"], "items": sum(labels.values())},
-        "rows_rejected": {name: bad.get(name, 0) for name in rows_in},
-        "rejected_reasons": {f"{row['table']}.{row['reason']}": row["rows"] for row in sorted(reasons)},
+        "rows_used": {"interactions": used["events"], "items": labels["n"]},
+        "rows_rejected": {name: sum(row["rows"] for row in reasons if row["table"] == name) for name in rows_in},
+        "rejected_reasons": {f"{row['table']}.{row['reason']}": row["rows"] for row in reasons},
         "users": staged("users").count(),
-        "items": sum(labels.values()),
-        "warm": labels.get("warm", 0),
-        "cold": labels.get("cold", 0),
-        "pairs": used["pairs"],
-        "training_digest": _digest(pairs, "user_id", "item_id", "weight", "last_time", "last_seq"),
-        "items_digest": _digest(items, "item_id", "label", "interactions", "text_sha256"),
+        "items": labels["n"],
+        "warm": labels["warm"],
+        "cold": labels["n"] - labels["warm"],
+        "pairs": used["n"],
+        "training_digest": _hex(used),
+        "items_digest": _hex(labels),
     }

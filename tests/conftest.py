@@ -16,6 +16,8 @@ from tests import small_lake as small
 def _offline() -> None:
     """Nothing is fetched while tests run, and Ray's loopback cluster needs no token."""
     os.environ.update({"HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"})
+    # Many short JVMs on few cores: most of their time would go to the optimising compiler.
+    os.environ["JDK_JAVA_OPTIONS"] = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 
 
 @pytest.fixture(scope="session")

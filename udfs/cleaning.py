@@ -226,25 +226,11 @@ def k_core(pairs: DataFrame, users: int, items: int) -> tuple[DataFrame, DataFra
 
 
 def number(ids: DataFrame, column: str, index: str) -> DataFrame:
-    """`ids` with an int column `index`: 0, 1, ... in the order of `column` (unique), numbered partition by partition."""
+    """`ids` with an int column `index`: 0, 1, ... in the order of `column` (unique).
+
+    One task sorts them all: ids are small beside the interactions, and Spark spills what does not fit.
+    """
+    from pyspark.sql import Window
     from pyspark.sql import functions as F
 
-    ordered = ids.sort(column).withColumn("_row", F.monotonically_increasing_id()).persist()
-    # monotonically_increasing_id is (partition << 33) + row within it.
-    partition = F.shiftright("_row", 33)
-    sizes = sorted(
-        (row["part"], row["n"])
-        for row in ordered.groupBy(partition.alias("part")).agg(F.count("*").alias("n")).collect()
-    )
-    starts, total = [], 0
-    for part, size in sizes:
-        starts.append((part, total))
-        total += size
-    offsets = ids.sparkSession.createDataFrame(starts or [(0, 0)], "part long, start long")
-    within = F.col("_row").bitwiseAND((1 << 33) - 1)
-    return (
-        ordered.withColumn("part", partition)
-        .join(F.broadcast(offsets), "part")
-        .withColumn(index, (F.col("start") + within).cast("int"))
-        .drop("part", "start", "_row")
-    )
+    return ids.withColumn(index, (F.row_number().over(Window.orderBy(column)) - 1).cast("int"))
