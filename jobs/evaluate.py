@@ -136,17 +136,18 @@ class _Systems:
     def _distribution(self, task: Task) -> Scorer:
         """log p(u | c) of the run's model; the raw logit if evaluate.normalize_by_item is false."""
         from jobs import text_embeddings
-        from udfs import filterllm
+        from jobs.filterllm_train import load_model
 
-        artifact = self.run.artifact("models", self.facts["filterllm_train"]["model_version"])
-        model = filterllm.load({name: artifact.read_bytes(name) for name in ("model.safetensors", "config.json")})
+        trained = self.facts["filterllm_train"]
+        model = load_model(self.run, trained["model_version"])
+        artifact = self.run.artifact("models", trained["model_version"])
         keys, bias = model.keys()
         at, known = _positions(self.catalog.user_ids, artifact.read("users")["user_id"])
         with_text = [i for i, item in enumerate(task.candidates) if self.catalog.text_sha256[item]]
         shas = [str(self.catalog.text_sha256[item]) for item in task.candidates[with_text]]
         queries = np.full((len(task.candidates), keys.shape[1]), np.nan, np.float32)
         if shas:
-            hidden = text_embeddings.load(self.run, shas, self.facts["text_embeddings"]["model_version"])
+            hidden = text_embeddings.load(self.run, shas, trained["encoder_version"])
             queries[with_text] = model.queries(hidden)
         return distribution_scorer(
             queries,

@@ -94,6 +94,7 @@ def probability_by_rank(ranks: NDArray[np.int64], probabilities: NDArray[np.floa
     axis.fill_between(distinct, low, high, color=_COLOURS["distribution"], alpha=0.3, linewidth=0)
     axis.plot(distinct, median, color=_COLOURS["published"], marker="o" if len(distinct) < 30 else None, markersize=3)
     axis.set_yscale("log")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel("rank of the user", fontsize=9, color=_INK)
     axis.set_ylabel("p(user | item)", fontsize=9, color=_INK)
     axis.grid(axis="y", color=_GRID)

@@ -24,7 +24,7 @@ from udfs.floors import id_hashes
 
 PAGE = "report.html"
 _EXAMPLES, _USERS, _HISTORY, _KEYS = 6, 4, 5, 3
-_TEXT = 400  # characters of an item's text
+_TITLE, _TEXT = 160, 400  # characters shown
 
 
 def run(run: Run, out: Staging) -> dict[str, Any]:
@@ -185,15 +185,17 @@ def _histories(run: Run, users: list[str]) -> dict[str, list[str]]:
 
 
 def _texts(run: Run, items: set[str]) -> dict[str, tuple[str, str]]:
-    """item_id -> (title, the beginning of what the LLM read)."""
+    """item_id -> (title, what the LLM read besides, its beginning)."""
     asked = pa.array(sorted(items), pa.string())
     found = {}
     for piece in run.staging("snapshot").batches("items_labelled", ["item_id", "title", "content"]):
         for row in piece.filter(pc.is_in(piece["item_id"], asked)).to_pylist():
-            content = (row["content"] or "").strip()
-            short = content if len(content) <= _TEXT else content[:_TEXT].rstrip() + " …"
-            title = row["title"] or short.splitlines()[0] if row["title"] or short else row["item_id"]
-            found[row["item_id"]] = (title[:160], short)
+            content, title = (row["content"] or "").strip(), (row["title"] or "").strip()
+            title = title or content.partition("\n")[0] or row["item_id"]
+            text = content.removeprefix(title).strip()
+            if len(text) > _TEXT:
+                text = text[:_TEXT].rsplit(maxsplit=1)[0] + " …"
+            found[row["item_id"]] = (title[:_TITLE], text)
     return found
 
 

@@ -11,6 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+import torch
 import yaml
 from deltalake import write_deltalake
 
@@ -21,6 +22,7 @@ from schemas.errors import ContractError
 from schemas.table import table as schema
 from tests import small_lake as small
 from tests.test_ranking_metrics import reference
+from udfs.filterllm import Config, FilterLLM, dump
 from udfs.splits import random_item, temporal
 from udfs.vectors import to_column
 
@@ -55,6 +57,27 @@ def publish(run, out):
         "sampled_interactions": run.lake.commit("sampled_interactions", sampled, app="t/sampled"),
     }
     return {"output_versions": versions, "space_version": "s"}
+
+
+def train(run, out):
+    """What stage filterllm_train leaves: a model whose mapper is the identity, for the users but the first, and its texts."""
+    users = sorted(run.staging("snapshot").read("users")["user_id"].to_pylist())[1:]
+    model = FilterLLM(Config(width=4, dimension=4, users=len(users), mapper="linear"))
+    with torch.no_grad():
+        model.mapper.weight.copy_(torch.eye(4))
+        model.mapper.bias.zero_()
+        model.vocabulary.copy_(torch.tensor(np.array([vector(user) for user in users])))
+        model.bias.copy_(torch.linspace(-1, 1, len(users)))
+    artifact = run.artifact("models", "0123456789abcdef")
+    for name, body in dump(model).items():
+        artifact.write_bytes(name, body)
+    artifact.write("users", pa.table({"user_id": users}))
+    artifact.complete({})
+    items = run.staging("snapshot").read("items_labelled").to_pylist()
+    texts = {"text_sha256": [i["text_sha256"] for i in items], "model_version": ["encoder"] * len(items)}
+    vectors = 2 * np.array([vector(i["item_id"]) for i in items])
+    run.lake.commit("text_embeddings", pa.table({**texts, "embedding": to_column(vectors)}), app="t/texts")
+    return {"model_version": "0123456789abcdef", "encoder_version": "encoder", "trained": True}
 
 
 def random_vectors(n):
@@ -94,6 +117,7 @@ def night(tmp_path_factory, spark):
     run = open_run(load(built.conf), built.run_date)
     items = {row["item_id"]: f"{row['title']} {row['text']}" for row in small.tables()[1].to_pylist()}
     execute(run, "snapshot", stage_snapshot(past.to_pandas()[["user_id", "item_id"]].drop_duplicates(), items))
+    execute(run, "filterllm_train", train)
     execute(run, "publish", publish)
     return run, events, built.conf
 
@@ -193,11 +217,11 @@ def test_evaluating_again_measures_and_replaces(later, capsys):
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert facts["run_id"] == run.run_id
     cold = facts["summary"]["cold"]
-    assert list(cold) == ["published", "text_knn", "popularity", "random"]
+    assert list(cold) == ["published", "distribution", "text_knn", "popularity", "random"]
     assert cold["published"]["ndcg@10"] > cold["random"]["ndcg@10"] + 0.2
     assert cold["text_knn"]["ndcg@10"] > cold["random"]["ndcg@10"] + 0.2
     rows = run.lake.read("metrics", refresh_date=run.run_date).to_pandas()
-    assert len(rows) == facts["metrics"] == 3 * 4 * 3  # splits, systems, metrics
+    assert len(rows) == facts["metrics"] == (4 + 5 + 4) * 3  # systems of each split, metrics
     assert not rows.duplicated(["run_id", "split", "system", "metric"]).any()
     assert ((rows["low"] <= rows["value"]) & (rows["value"] <= rows["high"])).all()
     assert set(rows.loc[rows["split"] == "cold", "n"]) == {80}
@@ -223,6 +247,28 @@ def test_published_is_the_inner_product_of_the_published_vectors(later):
         for metric, values in expected.items():
             mean = np.mean(list(values.values()))
             assert rows[split, "published", metric] == pytest.approx(mean, abs=1e-9), (split, metric)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_distribution_is_that_of_the_model(later, normalize):
+    run = later[0]
+    settings = run.settings.evaluate.model_copy(update={"normalize_by_item": normalize})
+    run = replace(run, settings=run.settings.model_copy(update={"evaluate": settings}))
+    catalog = truth.catalog(run)
+    found = truth.read(run, catalog, run.lake.version("interactions"))
+    rows = {(r["split"], r["system"], r["metric"]): r["value"] for r in evaluate.measure(run, catalog, found)}
+    logits = np.array([[2 * vector(u) @ vector(i) for i in catalog.item_ids] for u in catalog.user_ids[1:]])
+    logits += np.linspace(-1, 1, len(logits))[:, None]
+    if normalize:
+        logits -= np.log(np.exp(logits).sum(axis=0))
+    scores = np.vstack([np.full((1, logits.shape[1]), -np.inf), logits])  # the first user is not in the vocabulary
+    task = found.tasks["cold"]
+    true = task.truth.tocoo()
+    pairs = set(zip(task.users[true.row], task.candidates[true.col], strict=True))
+    expected = reference(scores, task.candidates.tolist(), pairs, set(), (10,))
+    for metric, values in expected.items():
+        assert rows["cold", "distribution", metric] == pytest.approx(np.mean(list(values.values())), abs=1e-9)
+    assert ("warm", "distribution", "ndcg@10") not in rows
 
 
 def test_what_is_not_published_cannot_be_evaluated(night, capsys):
