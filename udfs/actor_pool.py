@@ -75,7 +75,7 @@ def map_ordered(
                     free.append(actor)
             if exhausted and submitted == consumed:
                 return
-            ready, _ = ray.wait([*starting, *running], num_returns=1, timeout=10.0)
+            ready, _ = ray.wait([*starting, *running], num_returns=1, timeout=min(30.0, start_seconds))
             if not ready and not load:
                 _waiting(actors, cpus, gpus, time.monotonic() > deadline)
             for task in ready:
@@ -123,7 +123,7 @@ def _waiting(actors: int, cpus: float, gpus: float, too_long: bool) -> None:
     import ray
 
     total = {name: ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU")}
-    state = f"no worker of {cpus:g} CPU and {gpus:g} GPU has started; the cluster has {total}"
+    state = f"no worker of {cpus:g} CPU and {gpus:g} GPU has started yet; the cluster has {total}"
     if too_long:
         raise WorkerError(f"{state}: set ray.cpus_per_actor and ray.gpus_per_actor to what is there, or add nodes")
-    print(f"waiting: {state}, {actors} asked for", file=sys.stderr, flush=True)
+    print(f"waiting: {state} ({actors} asked for)", file=sys.stderr, flush=True)
