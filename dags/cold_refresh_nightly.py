@@ -5,6 +5,11 @@ and one that was killed goes on where it was, so retries cost only what was lost
 
     airflow dags test cold_refresh_nightly --conf '{"run_date": "2017-11-01"}'
 
+and for past nights, whose dates name the intervals' first days (here the run dates 2017-11-01 to 2017-11-07):
+
+    airflow backfill create --dag-id cold_refresh_nightly --from-date 2017-10-31 --to-date 2017-11-06 \\
+        --max-active-runs 1 --reprocess-behavior completed
+
 Where the jobs are and what they read is set as dags/cold_refresh_commands.py says.
 """
 

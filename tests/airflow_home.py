@@ -11,6 +11,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).resolve().parent.parent
 AIRFLOW = str(Path(sys.executable).with_name("airflow"))
 
@@ -24,15 +26,22 @@ class AirflowHome:
 
     def run(self, *command: str, timeout: int = 300, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run `command` in the home's environment, with `environment` added; stdout and stderr are kept together."""
-        return subprocess.run(
+        with subprocess.Popen(
             command,
             env={**self.environment, **environment},
             cwd=self.folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=timeout,
-        )
+        ) as process:
+            try:
+                said, _ = process.communicate(timeout=timeout)
+            except BaseException:
+                # A task's command has a session of its own: it would outlive the task.
+                for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+                    child.kill()
+                raise
+        return subprocess.CompletedProcess(command, process.returncode, said)
 
     def airflow(self, *arguments: str, timeout: int = 300, **environment: str) -> subprocess.CompletedProcess[str]:
         return self.run(AIRFLOW, *arguments, timeout=timeout, **environment)

@@ -53,7 +53,7 @@ class Head:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=550,
+            timeout=600,
         )
 
     def states(self) -> dict[str, str]:
@@ -182,6 +182,7 @@ def test_a_ray_job_runs_in_a_copy_so_the_lake_is_named_in_full(head: Head, tmp_p
     assert "error: the lake './lake' is relative, and a Ray job runs in a copy of its folder" in ended.stdout
 
 
+@pytest.mark.timeout(1200)
 def test_a_ray_job_publishes_every_date_once(head: Head, small_lake: SmallLake) -> None:
     """Two nights on two CPUs: the dates' own tasks take none of them, so the workers of the refresh have room."""
     first, last = small_lake.run_date, small_lake.run_date + timedelta(days=1)

@@ -176,7 +176,8 @@ def test_backfill_creates_a_run_for_each_night(home: AirflowHome) -> None:
     assert intervals == [("2026-01-01 00:00", "2026-01-02 00:00"), ("2026-01-02 00:00", "2026-01-03 00:00")]
 
 
-def test_a_night_by_airflow_and_a_ranker_that_reads_it(home: AirflowHome, small_lake: SmallLake) -> None:
+@pytest.mark.timeout(1200)
+def test_a_training_then_the_night_that_uses_it_then_a_ranker(home: AirflowHome, small_lake: SmallLake) -> None:
     """`dags test D` covers [D - 1, D), so it refreshes with --run-date D."""
     day = small_lake.run_date.isoformat()
     options = {
@@ -184,11 +185,23 @@ def test_a_night_by_airflow_and_a_ranker_that_reads_it(home: AirflowHome, small_
         "COLD_REFRESH_CONF": str(small_lake.conf),
         "COLD_REFRESH_LAKE": str(small_lake.lake),
     }
-    ended = home.airflow("dags", "test", "cold_refresh_nightly", day, timeout=550, **options)
+    trained = home.airflow(
+        *["dags", "test", "cold_refresh_training", "--conf", json.dumps({"run_date": day})], timeout=600, **options
+    )
+    assert trained.returncode == 0, trained.stdout[-8000:]
+    ended = home.airflow("dags", "test", "cold_refresh_nightly", day, timeout=600, **options)
     assert ended.returncode == 0, ended.stdout[-8000:]
-    runs = Lake(str(small_lake.lake)).read("runs", refresh_date=day).to_pylist()
-    assert sorted(row["stage"] for row in runs) == sorted(["open", *STAGES])
-    published = next(row for row in runs if row["stage"] == "publish")
+    rows = Lake(str(small_lake.lake)).read("runs", refresh_date=day).to_pylist()
+    published = next(row for row in rows if row["stage"] == "publish")
+    night = {row["stage"]: row for row in rows if row["run_id"] == published["run_id"]}
+    training = {row["stage"]: row for row in rows if row["run_id"] != published["run_id"]}
+    assert set(night) == {"open", *STAGES}
+    assert set(training) == {"open_training", *TRAINING_STAGES}
+    for stage in ("cf", "filterllm_train"):
+        first, then = json.loads(training[stage]["counts"]), json.loads(night[stage]["counts"])
+        assert (first["trained"], then["trained"]) == (True, False)
+        assert first["space_version"] == then["space_version"]
+
     versions = json.loads(published["output_versions"])
     events = _query(home, "SELECT a.uri, e.extra FROM asset_event e JOIN asset a ON a.id = e.asset_id")
     assert {uri: json.loads(extra) for uri, extra in events} == {
