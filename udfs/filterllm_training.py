@@ -140,7 +140,8 @@ def train(
 
     Returns:
         Facts: items, validation_items, epochs (run), best_epoch (1..), validation_nll (nats, before the scale),
-        calibrated_nll, scale, history (a dict an epoch). Without validation items (one item in all) the last epoch is kept.
+        calibrated_nll, scale, history (a dict an epoch). Without validation items (one item in all) the last epoch is kept
+        and both losses are None.
     """
     with torch.random.fork_rng():
         torch.manual_seed(options.seed)
@@ -159,8 +160,8 @@ def _train(
     steps = math.ceil(len(training) / options.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(options.epochs * steps))
     history: list[dict[str, Any]] = []
-    best, best_state = math.inf, [p.detach().clone() for p in trainable]
-    best_epoch = 0
+    best: float | None = None
+    best_epoch, best_state = 0, [p.detach().clone() for p in trainable]
     for epoch in range(1, options.epochs + 1):
         model.train()
         texts.train()
@@ -180,13 +181,13 @@ def _train(
             schedule.step()
             total += float(objective.detach()) * len(batch)
         seconds = time.perf_counter() - begun
-        nll = validation_nll(model, texts, items, validation, options) if len(validation) else math.nan
+        nll = validation_nll(model, texts, items, validation, options) if len(validation) else None
         history.append({"epoch": epoch, "loss": total / len(training), "learning_rate": rate, "validation_nll": nll})
         log(
             f"epoch {epoch}/{options.epochs}: loss {total / len(training):.4f}, lr {rate:.2e}, "
-            f"{len(training) / seconds:.0f} items/s, validation nll {nll:.4f}"
+            f"{len(training) / seconds:.0f} items/s, validation nll {'none' if nll is None else f'{nll:.4f}'}"
         )
-        if not len(validation) or nll < best:
+        if nll is None or best is None or nll < best:
             best, best_epoch, best_state = nll, epoch, [p.detach().clone() for p in trainable]
         elif epoch - best_epoch >= options.patience:
             log(f"no better for {options.patience} epochs: stopped; epoch {best_epoch} is kept")
@@ -196,7 +197,7 @@ def _train(
             parameter.copy_(value)
     model.eval()
     texts.eval()
-    calibrated = calibrate(model, texts, items, validation, options) if len(validation) else math.nan
+    calibrated = calibrate(model, texts, items, validation, options) if len(validation) else None
     return {
         "items": len(training),
         "validation_items": len(validation),

@@ -60,12 +60,10 @@ class TextEncoder:
         safe: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(directory, **safe)
-            self._model = AutoModel.from_pretrained(
-                directory, dtype=getattr(torch, dtype), use_safetensors=True, **safe
-            )
+            self.model = AutoModel.from_pretrained(directory, dtype=getattr(torch, dtype), use_safetensors=True, **safe)
         except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
             raise ModelError(f"the model in {directory} cannot be loaded: {error}") from error
-        self._model.eval().to(device)
+        self.model.eval().to(device)
         self._tokenizer.truncation_side = "right"
         special = [self._tokenizer.pad_token_id, self._tokenizer.eos_token_id, self._tokenizer.bos_token_id]
         # Padding is masked, so which token pads does not matter; one that exists is needed.
@@ -83,9 +81,10 @@ class TextEncoder:
             ModelError: a vector is not finite (weights that overflow in this dtype).
         """
         vectors = np.empty((len(texts), self.width), np.float32)
-        tokens = self._tokens(texts)
+        tokens = self.tokens(texts)
         for rows in batches([len(ids) for ids in tokens], self.batch_tokens):
-            vectors[rows] = self._forward([tokens[row] for row in rows])
+            with torch.inference_mode():
+                vectors[rows] = self.forward([tokens[row] for row in rows]).cpu().numpy()
         broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
         if broken.size:
             raise ModelError(
@@ -93,7 +92,8 @@ class TextEncoder:
             )
         return vectors
 
-    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """The token numbers of each text, at least one, at most recipe.max_tokens."""
         if not len(texts):
             return []
         clean = [readable(text, self.recipe.max_tokens) for text in texts]
@@ -104,8 +104,8 @@ class TextEncoder:
         )["input_ids"]
         return [list(row) or [self._empty] for row in ids]
 
-    def _forward(self, tokens: list[list[int]]) -> np.ndarray:
-        """Vectors of one batch, [n, width] float32."""
+    def forward(self, tokens: list[list[int]]) -> torch.Tensor:
+        """Vectors of one batch, [n, width] float32, on the device; differentiable, for what trains `model`."""
         longest = max(len(ids) for ids in tokens)
         ids = torch.full((len(tokens), longest), self._pad, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -117,14 +117,11 @@ class TextEncoder:
         if self.padding_side == "left":
             # Positions count from the text's first token, not from the padding.
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0).to(self.device)
-        if getattr(self._model.config, "use_cache", None):
+        if getattr(self.model.config, "use_cache", None):
             inputs["use_cache"] = False
-        with torch.inference_mode():
-            hidden = self._model(**inputs).last_hidden_state
-            pooled = pool(hidden.float(), inputs["attention_mask"], self.recipe.pooling)
-            if self.recipe.normalize:
-                pooled = torch.nn.functional.normalize(pooled, dim=1)
-        return pooled.cpu().numpy()
+        hidden = self.model(**inputs).last_hidden_state
+        pooled = pool(hidden.float(), inputs["attention_mask"], self.recipe.pooling)
+        return torch.nn.functional.normalize(pooled, dim=1) if self.recipe.normalize else pooled
 
 
 def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: Literal["mean", "last_token", "cls"]) -> torch.Tensor:

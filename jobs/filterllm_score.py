@@ -1,0 +1,193 @@
+"""Stage filterllm_score: tonight's cold items to their K users, out of all users of the vocabulary.
+
+What was found for an item is kept in the table `item_scores` until its text, the model, how users are drawn or the users
+who may be drawn change: a night scores new and changed items only. Items that are not in it are sorted by id and scored in
+shards on Ray, and every shard is committed, in order, when it is done: a killed run goes on behind its last finished one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jobs import adapted_texts, text_embeddings
+from jobs.filterllm_train import load_model
+from jobs.ray_cluster import cluster
+from jobs.run import Run, log
+from jobs.staging import Staging
+from schemas.table import table as schema
+from udfs.actor_pool import map_ordered
+from udfs.filterllm import FilterLLM, FilterLLMError
+from udfs.progress import Progress
+from udfs.scorer_actor import Sampling, Scorer
+
+TABLE = "item_scores"
+_STAGED = ["item_id", "user_id", "rank", "probability", "propensity"]
+# Shards whose text embeddings are read at a time.
+_READ_AHEAD = 32
+
+
+def run(run: Run, out: Staging) -> dict[str, Any]:
+    """Leaves the table `sampled` (item_id, user_id, rank, probability, propensity), sorted by item and rank.
+
+    Returns:
+        items, rows: of `sampled`; scored: items of now, reused: items of before; users: who could be drawn;
+        model_version, space_version, scoring_version.
+
+    Raises:
+        FilterLLMError: no user of the model exists tonight.
+        jobs.ray_cluster.ClusterError, udfs.actor_pool.WorkerError: Ray or a worker failed.
+    """
+    trained = run.staging("filterllm_train").facts()
+    vocabulary = run.artifact("models", trained["model_version"]).read("users")["user_id"].combine_chunks()
+    allowed = _allowed(run, vocabulary)
+    version = _scoring_version(run, trained["model_version"], vocabulary.filter(pa.array(allowed)))
+    items = run.staging("snapshot").read("items_labelled", ["item_id", "label", "text_sha256"])
+    cold = items.filter(pc.and_(pc.equal(items["label"], "cold"), pc.is_valid(items["text_sha256"])))
+    cold = cold.select(["item_id", "text_sha256"]).sort_by("item_id").combine_chunks()
+    done = _cached(run, version, cold)
+    pending = cold.filter(pc.invert(pc.is_in(cold["item_id"], value_set=done["item_id"].combine_chunks())))
+    if not cold.num_rows:
+        log("[filterllm_score] no cold item with a text tonight: nothing to score")
+    elif not pending.num_rows:
+        log(f"[filterllm_score] all {cold.num_rows} cold items have their users from before: nothing is scored")
+    else:
+        _score(run, trained, vocabulary, allowed, version, pending)
+        done = _cached(run, version, cold)
+        lost = cold.num_rows - pc.count_distinct(done["item_id"]).as_py()
+        if lost:
+            raise FilterLLMError(f"table '{TABLE}' lacks {lost} of {cold.num_rows} items of {version}; run again")
+    out.write("sampled", done.select(_STAGED))
+    return {
+        "items": cold.num_rows,
+        "rows": done.num_rows,
+        "scored": pending.num_rows,
+        "reused": cold.num_rows - pending.num_rows,
+        "users": int(allowed.sum()),
+        "model_version": trained["model_version"],
+        "space_version": trained["space_version"],
+        "scoring_version": version,
+    }
+
+
+def _allowed(run: Run, vocabulary: pa.Array) -> np.ndarray:
+    """[U] bool: users of the vocabulary who still exist; the others must never be drawn.
+
+    Raises:
+        FilterLLMError: nobody is left.
+    """
+    users = run.staging("snapshot").read("users", ["user_id"])["user_id"].combine_chunks()
+    allowed = pc.is_in(vocabulary, value_set=users).to_numpy(zero_copy_only=False)
+    if not allowed.any():
+        raise FilterLLMError(
+            f"none of the model's {len(vocabulary)} users is among tonight's {len(users)}: train a model for this date "
+            "(--train), or check that the table of interactions is the right one"
+        )
+    return allowed
+
+
+def _scoring_version(run: Run, model_version: str, users: pa.Array) -> str:
+    """What decides an item's users beside its text; tiles and shards do not."""
+    sampling = run.settings.sampling
+    digest = hashlib.sha256()
+    for user_id in users.to_pylist():
+        digest.update(user_id.encode("utf-8", "surrogatepass") + b"\0")
+    facts = [model_version, sampling.k, sampling.draw, sampling.temperature, run.settings.seed, digest.hexdigest()]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _cached(run: Run, version: str, cold: pa.Table) -> pa.Table:
+    """The rows of `cold` items (item_id, text_sha256) in the table, sorted by item and rank; each once."""
+    rows = run.lake.read(TABLE, scoring_version=version)
+    rows = rows.join(cold, ["item_id", "text_sha256"], join_type="left semi")
+    rows = rows.sort_by([("item_id", "ascending"), ("rank", "ascending")]).combine_chunks()
+    # Two runs that scored at once may both have written an item.
+    item, rank = rows["item_id"], rows["rank"]
+    if rows.num_rows < 2:
+        return rows
+    again = pc.and_(pc.equal(item[1:], item[:-1]), pc.equal(rank[1:], rank[:-1])).to_numpy()
+    return rows.filter(pa.array(np.concatenate([[True], ~again])))
+
+
+def _score(
+    run: Run, trained: dict[str, Any], vocabulary: pa.Array, allowed: np.ndarray, version: str, pending: pa.Table
+) -> None:
+    """Score and commit the items `pending` (item_id, text_sha256; sorted)."""
+    settings, size = run.settings, run.settings.sampling.shard_items
+    model = load_model(run, trained["model_version"])
+    shards = [pending.slice(start, size) for start in range(0, pending.num_rows, size)]
+    log(f"[filterllm_score] {pending.num_rows} items in {len(shards)} shards over {int(allowed.sum())} users")
+    sampling = Sampling(
+        k=settings.sampling.k,
+        draw=settings.sampling.draw,
+        temperature=settings.sampling.temperature,
+        user_tile=settings.sampling.user_tile,
+        seed=settings.seed,
+    )
+    table = run.lake.table(TABLE) if run.lake.exists(TABLE) else None
+    with cluster(settings.ray), Progress("filterllm_score", pending.num_rows, "items") as progress:
+        import ray
+
+        if settings.filterllm.lora:
+            adapted_texts.encode(run, trained, pc.unique(pending["text_sha256"]))
+        keys, bias = model.keys()
+        # Put once: the actors of a machine read the same memory.
+        shared = tuple(ray.put(array) for array in (keys, bias, allowed))
+        results = map_ordered(
+            Scorer,
+            (*shared, sampling, "cuda" if settings.ray.gpus_per_actor > 0 else "cpu"),
+            _queries(run, model, trained["encoder_version"], shards),
+            actors=min(settings.ray.actors, len(shards)),
+            cpus=settings.ray.cpus_per_actor,
+            gpus=settings.ray.gpus_per_actor,
+        )
+        for shard, (users, probabilities) in zip(shards, results, strict=True):
+            rows = _rows(shard, version, vocabulary, users, probabilities, sampling.draw)
+            app = f"{TABLE}/{version}/{_digest(shard)}"
+            before = table.transaction_version(app) if table is not None else None
+            # A shard that was committed and whose rows have been deleted since is written again.
+            sequence = 0 if before is None else before + 1
+            run.lake.commit(TABLE, rows, app=app, sequence=sequence, lineage={"run_id": run.run_id})
+            progress.advance(shard.num_rows)
+
+
+def _queries(
+    run: Run, model: FilterLLM, encoder_version: str, shards: list[pa.Table]
+) -> Iterator[tuple[list[str], np.ndarray]]:
+    """(item ids, queries [n, d]) of each shard; the text embeddings of a few shards are in memory at a time."""
+    for start in range(0, len(shards), _READ_AHEAD):
+        group = shards[start : start + _READ_AHEAD]
+        shas = [sha for shard in group for sha in shard["text_sha256"].to_pylist()]
+        hidden, at = text_embeddings.load(run, shas, encoder_version), 0
+        for shard in group:
+            yield shard["item_id"].to_pylist(), model.queries(hidden[at : at + shard.num_rows])
+            at += shard.num_rows
+
+
+def _rows(
+    shard: pa.Table, version: str, vocabulary: pa.Array, users: np.ndarray, probabilities: np.ndarray, draw: str
+) -> pa.Table:
+    """Rows of the table from users and probabilities [n, K]."""
+    n, k = users.shape
+    of_item = np.repeat(np.arange(n), k)
+    columns = {
+        "scoring_version": [version] * (n * k),
+        "item_id": shard["item_id"].take(pa.array(of_item)),
+        "text_sha256": shard["text_sha256"].take(pa.array(of_item)),
+        "user_id": vocabulary.take(pa.array(users.reshape(-1))),
+        "rank": np.tile(np.arange(1, k + 1, dtype=np.int32), n),
+        "probability": probabilities.reshape(-1),
+        "propensity": [draw] * (n * k),
+    }
+    return schema(TABLE).conform(pa.table(columns))
+
+
+def _digest(shard: pa.Table) -> str:
+    """What a shard is: the hash of its items and texts."""
+    return hashlib.sha256(json.dumps(shard.to_pydict()).encode()).hexdigest()[:32]

@@ -1,0 +1,265 @@
+"""The stages filterllm_train and filterllm_score on a small lake, with real MiniLM weights and real Ray actors."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+
+from jobs import filterllm_score, filterllm_train, text_embeddings
+from jobs.filterllm_train import load_model
+from jobs.run import Run, execute
+from jobs.settings import Settings
+from tests.small_lake import RUN_DATE, tables
+from udfs.filterllm import FilterLLMError
+from udfs.vectors import to_column
+
+SETTINGS: dict[str, Any] = {
+    "seed": 3,
+    "text": {"model": "minilm", "max_tokens": 24},
+    "filterllm": {"epochs": 6, "hidden": 32, "batch_size": 24, "validation_share": 0.1, "retrain_days": 5},
+    "sampling": {"k": 10, "shard_items": 5, "user_tile": 32},
+}
+NIGHTS = iter(range(10_000))
+
+
+@pytest.fixture(scope="module")
+def lake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A lake with the texts' embeddings and a trained model of RUN_DATE; Ray runs meanwhile."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20, logging_level="ERROR")
+    folder = tmp_path_factory.mktemp("lake")
+    execute(night(folder), "filterllm_train", filterllm_train.run)
+    yield folder
+    ray.shutdown()
+
+
+def night(
+    lake: Path, day: date = RUN_DATE, *, without=(), texts=None, cold=True, space="space-a", **changes: Any
+) -> Run:
+    """A run whose earlier stages are complete: a snapshot of the small lake (without some users, with other texts), a
+    space of SVD vectors, and MiniLM's vectors of all texts.
+    """
+    body = {**SETTINGS, **{name: {**SETTINGS.get(name, {}), **value} for name, value in changes.items()}}
+    number = hashlib.sha256(str(next(NIGHTS)).encode()).hexdigest()[:12]
+    run = Run(Settings(lake=str(lake), **body), day, f"{day:%Y%m%d}-{number}", 1, {}, "conf")
+    events, items = tables()
+    events = events.filter(pc.less(events["event_time"], pa.scalar(run_midnight(), events["event_time"].type)))
+    pairs = sorted({(i, u) for u, i in zip(events["user_id"].to_pylist(), events["item_id"].to_pylist(), strict=True)})
+    pairs = [(i, u) for i, u in pairs if u not in without]
+    users, warm = sorted({u for _, u in pairs}), {i for i, _ in pairs}
+    rows = sorted(items.to_pylist(), key=lambda row: row["item_id"])
+    rows = [row for row in rows if cold or row["item_id"] in warm]
+    content = [(texts or {}).get(r["item_id"], f"{r['title']}. {r['text']}") for r in rows]
+    ids = [row["item_id"] for row in rows]
+    snapshot = run.staging("snapshot")
+    snapshot.write(
+        "items_labelled",
+        pa.table(
+            {
+                "item_id": ids,
+                "item_idx": pa.array(range(len(ids)), pa.int32()),
+                "label": ["warm" if i in warm else "cold" for i in ids],
+                "content": pa.array(content, pa.string()),
+                "text_sha256": pa.array([t and hashlib.sha256(t.encode()).hexdigest() for t in content], pa.string()),
+            }
+        ),
+    )
+    snapshot.write("users", pa.table({"user_id": users, "user_idx": pa.array(range(len(users)), pa.int32())}))
+    user_idx, item_idx = [users.index(u) for _, u in pairs], [ids.index(i) for i, _ in pairs]
+    pair_table = {"user_idx": pa.array(user_idx, pa.int32()), "item_idx": pa.array(item_idx, pa.int32())}
+    snapshot.write("training_interactions", pa.table(pair_table))
+    snapshot.complete({"training_digest": "pairs"})
+    artifact = run.artifact("spaces", space)
+    if not artifact.is_complete():
+        matrix = np.zeros((len(users), len(ids)))
+        matrix[user_idx, item_idx] = 1
+        left, singular, right = np.linalg.svd(matrix, full_matrices=False)
+        of_warm = [n for n, i in enumerate(ids) if i in warm]
+        artifact.write("users", pa.table({"user_id": users, "embedding": to_column(left[:, :8] * singular[:8] ** 0.5)}))
+        vectors = (right[:8].T * singular[:8] ** 0.5)[of_warm]
+        table = {
+            "item_id": [ids[n] for n in of_warm],
+            "embedding": to_column(vectors),
+            "interactions": matrix.sum(0)[of_warm],
+        }
+        artifact.write("items", pa.table(table))
+        artifact.complete({"kind": "cf"})
+    run.staging("cf").complete({"space_version": space})
+    execute(run, "text_embeddings", text_embeddings.run)
+    return run
+
+
+def run_midnight() -> Any:
+    from datetime import UTC, datetime
+
+    return datetime(RUN_DATE.year, RUN_DATE.month, RUN_DATE.day, tzinfo=UTC)
+
+
+def train(run: Run) -> dict[str, Any]:
+    return execute(run, "filterllm_train", filterllm_train.run)
+
+
+def score(run: Run) -> tuple[dict[str, Any], pa.Table]:
+    """Facts of scoring (and training, before) and the staged users."""
+    train(run)
+    facts = execute(run, "filterllm_score", filterllm_score.run)
+    return facts, run.staging("filterllm_score").read("sampled")
+
+
+def test_new_items_go_to_the_users_of_their_topic(lake: Path) -> None:
+    run = night(lake)
+    facts, sampled = score(run)
+    assert facts["items"] == facts["scored"] + facts["reused"] == 12
+    assert facts["rows"] == sampled.num_rows == 120
+    assert sampled["rank"].to_pylist() == list(range(1, 11)) * 12
+    assert sampled["item_id"].to_pylist() == sorted(sampled["item_id"].to_pylist())
+    p = sampled["probability"].to_numpy().reshape(12, 10)
+    assert ((p > 0) & (p <= 1)).all()
+    assert (np.diff(p, axis=1) <= 0).all()
+    assert set(sampled["propensity"].to_pylist()) == {"top_k"}
+    topics = [i.split("-")[0] == u.split("-")[0] for i, u in zip(sampled["item_id"].to_pylist(), sampled["user_id"].to_pylist(), strict=True)]  # fmt: skip  # noqa: E501
+    assert np.mean(topics) > 0.8
+    # Against the dense distribution, from the saved model.
+    model = load_model(run, facts["model_version"])
+    vocabulary = run.artifact("models", facts["model_version"]).read("users")["user_id"].to_pylist()
+    items = run.staging("snapshot").read("items_labelled")
+    cold = items.filter(pc.equal(items["label"], "cold"))
+    version = run.staging("text_embeddings").facts()["model_version"]
+    queries = model.queries(text_embeddings.load(run, cold["text_sha256"].to_pylist(), version)).astype(float)
+    keys, bias = model.keys()
+    logits = queries @ keys.astype(float).T + bias
+    dense = np.exp(logits - np.logaddexp.reduce(logits, axis=1)[:, None])
+    np.testing.assert_allclose(p, -np.sort(-dense, axis=1)[:, :10], rtol=1e-4)
+    best = [vocabulary[n] for n in dense.argmax(axis=1)]
+    assert best == sampled.filter(pc.equal(sampled["rank"], 1))["user_id"].to_pylist()
+
+
+def test_a_model_is_kept_until_it_is_stale_and_never_comes_from_the_future(lake: Path) -> None:
+    first = train(night(lake))
+    later = train(night(lake, RUN_DATE + timedelta(days=4)))
+    assert (later["model_version"], later["trained"]) == (first["model_version"], False)
+    for changed in (
+        night(lake, filterllm={"hidden": 16, "epochs": 1}),  # other settings
+        night(lake, space="space-b", filterllm={"epochs": 1}),  # another space
+        night(lake, text={"max_tokens": 16}, filterllm={"epochs": 1}),  # texts
+    ):
+        facts = train(changed)
+        assert facts["trained"]
+        assert facts["model_version"] != first["model_version"]
+    found = filterllm_train._models(
+        replace(night(lake), run_date=RUN_DATE - timedelta(days=1)),
+        {"space_version": "space-a", "conf": filterllm_train.conf_digest(night(lake).settings)},
+    )
+    assert found == []
+    assert load_model(night(lake), first["model_version"]).config.users == first["users"]
+
+
+def test_only_new_and_changed_items_are_scored(lake: Path) -> None:
+    sampling = {"k": 7}
+    facts, before = score(night(lake, sampling=sampling))
+    assert (facts["scored"], facts["reused"]) == (12, 0)
+    facts, again = score(night(lake, sampling=sampling))
+    assert (facts["scored"], facts["reused"]) == (0, 12)
+    assert again.equals(before)
+    facts, changed = score(night(lake, sampling=sampling, texts={"tea-new-1": "chess pieces of wood, a chess clock"}))
+    assert (facts["scored"], facts["reused"]) == (1, 11)
+    moved = pc.equal(changed["item_id"], "tea-new-1")
+    assert changed.filter(pc.invert(moved)).equals(before.filter(pc.invert(moved)))
+    assert not changed.filter(moved)["user_id"].equals(before.filter(moved)["user_id"])
+
+
+def test_deleted_users_are_never_drawn(lake: Path) -> None:
+    _, before = score(night(lake))
+    gone = set(before["user_id"].to_pylist()[:3])
+    facts, after = score(night(lake, RUN_DATE + timedelta(days=1), without=gone))
+    assert facts["users"] == 80 - len(gone)
+    assert facts["scored"] == 12
+    assert after.num_rows == 120
+    assert not gone & set(after["user_id"].to_pylist())
+
+
+@pytest.mark.parametrize("draw", ["top_k", "sampled"])
+def test_a_killed_run_goes_on_and_shards_do_not_matter(lake: Path, draw: str) -> None:
+    """The first shard is committed and the run dies; the next one does the rest. Other shards and tiles give the same users."""
+    sampling = {"k": 9, "draw": draw, "temperature": 1.5}
+    killed = night(lake, sampling=sampling)
+    trained = train(killed)
+    vocabulary = killed.artifact("models", trained["model_version"]).read("users")["user_id"].combine_chunks()
+    allowed = filterllm_score._allowed(killed, vocabulary)
+    version = filterllm_score._scoring_version(killed, trained["model_version"], vocabulary)
+    items = killed.staging("snapshot").read("items_labelled")
+    cold = items.filter(pc.equal(items["label"], "cold")).select(["item_id", "text_sha256"]).sort_by("item_id")
+    filterllm_score._score(killed, trained, vocabulary, allowed, version, cold.slice(0, 5).combine_chunks())
+    commits = killed.lake.version("item_scores")
+    facts = execute(killed, "filterllm_score", filterllm_score.run)
+    assert (facts["scored"], facts["reused"]) == (7, 5)
+    assert killed.lake.version("item_scores") == commits + 2  # 5 and 2 items
+    sampled = killed.staging("filterllm_score").read("sampled")
+    # The cache emptied, everything is found again in other shards and tiles.
+    killed.lake.table("item_scores").delete(f"scoring_version = '{version}'")
+    facts, whole = score(night(lake, sampling={**sampling, "shard_items": 12, "user_tile": 16384}))
+    assert facts["scored"] == 12
+    assert whole.select(["item_id", "user_id", "rank", "propensity"]).equals(
+        sampled.select(["item_id", "user_id", "rank", "propensity"])
+    )
+    np.testing.assert_allclose(whole["probability"].to_numpy(), sampled["probability"].to_numpy(), rtol=1e-5)
+    assert set(sampled["propensity"].to_pylist()) == {draw}
+
+
+def test_no_cold_items_is_a_good_night(lake: Path) -> None:
+    facts, sampled = score(night(lake, cold=False))
+    assert (facts["items"], facts["rows"], facts["scored"], facts["reused"]) == (0, 0, 0, 0)
+    assert sampled.num_rows == 0
+    assert sampled.schema.names == ["item_id", "user_id", "rank", "probability", "propensity"]
+    assert facts["model_version"]
+
+
+def test_items_without_any_text_and_strangers_only_are_clear_errors(lake: Path) -> None:
+    _, items = tables()
+    wordless = dict.fromkeys(items["item_id"].to_pylist())
+    silent = night(lake, texts=wordless)
+    with pytest.raises(FilterLLMError, match="48 are warm, 0 of them have a text"):
+        filterllm_train.run(silent, silent.staging("filterllm_train"))
+    run = night(lake)
+    train(run)
+    users = run.staging("snapshot").read("users")
+    strangers = [f"stranger-{n}" for n in range(users.num_rows)]
+    run.staging("snapshot").write("users", users.set_column(0, "user_id", pa.array(strangers)))
+    with pytest.raises(FilterLLMError, match="none of the model's 80 users"):
+        filterllm_score.run(run, run.staging("filterllm_score"))
+
+
+def test_with_lora_cold_texts_go_through_the_trained_model(lake: Path) -> None:
+    run = night(lake, filterllm={"lora": True, "epochs": 2, "batch_size": 48})
+    facts, sampled = score(run)
+    trained = run.staging("filterllm_train").facts()
+    assert trained["encoder_version"] == f"lora-{facts['model_version']}"
+    assert sampled.num_rows == 120
+    shas = run.staging("snapshot").read("items_labelled")
+    shas = shas.filter(pc.equal(shas["label"], "cold"))["text_sha256"].to_pylist()
+    adapted = text_embeddings.load(run, shas, trained["encoder_version"])
+    frozen = text_embeddings.load(run, shas, run.staging("text_embeddings").facts()["model_version"])
+    assert np.abs(adapted - frozen).max() > 1e-3
+    assert np.abs(adapted - frozen).max() < 1.0
+
+
+def test_a_night_with_nothing_to_score_starts_no_ray(lake: Path) -> None:
+    import ray
+
+    _, before = score(night(lake))
+    run = night(lake, ray={"address": "127.0.0.1:9"})
+    ray.shutdown()
+    facts, sampled = score(run)
+    assert (facts["scored"], facts["reused"]) == (0, 12)
+    assert sampled.equals(before)
+    assert not ray.is_initialized()

@@ -1,0 +1,128 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685) in the language model, trained jointly with FilterLLM's mapper and vocabulary.
+
+Adapters sit on the query and value projections of attention, as in FilterLLM (arXiv 2502.16924, settings). After training
+they are saved as safetensors and, to encode, merged into the weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import nn
+
+from schemas.errors import ColdRefreshError
+from udfs.encoder_actor import EncoderSpec
+from udfs.text_encoder import TextEncoder
+
+# How model families call the two projections: LLaMA and its kin, BERT and its kin, MPNet.
+_PROJECTIONS = (("q_proj", "v_proj"), ("query", "value"), ("q", "v"))
+_WEIGHTS, _CONFIG = "adapter.safetensors", "adapter.json"
+
+
+class LoraError(ColdRefreshError):
+    """Adapters cannot be put into this model, or saved ones do not fit it: the message says which."""
+
+
+def attach(encoder: TextEncoder, *, rank: int, alpha: int, dropout: float, seed: int) -> None:
+    """Put adapters into `encoder.model`, in place; they alone are trainable, and change nothing until trained.
+
+    Raises:
+        LoraError: the model has no attention projections that are known here.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    names = {name.rsplit(".", 1)[-1] for name, _ in encoder.model.named_modules()}
+    targets = next((pair for pair in _PROJECTIONS if names >= set(pair)), None)
+    if targets is None:
+        raise LoraError(
+            f"LoRA needs attention projections called one of {_PROJECTIONS}; a {encoder.recipe.model_type} model has "
+            "none of them. Set filterllm.lora: false"
+        )
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        encoder.model = get_peft_model(encoder.model, config).to(encoder.device)
+
+
+class LoraTexts(nn.Module):
+    """Hidden states of texts under an encoder with adapters (`attach`): for `udfs.filterllm_training.train`."""
+
+    def __init__(self, encoder: TextEncoder, texts: Sequence[str]) -> None:
+        super().__init__()
+        self.model = encoder.model
+        self._encoder, self._texts = encoder, encoder.tokens(texts)
+
+    def forward(self, index: np.ndarray) -> torch.Tensor:
+        """[B, width] float32 of the texts numbered `index`."""
+        return self._encoder.forward([self._texts[number] for number in index])
+
+
+def dump(encoder: TextEncoder) -> dict[str, bytes]:
+    """The adapters as files: adapter.safetensors and adapter.json."""
+    from peft import get_peft_model_state_dict
+
+    tensors = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(encoder.model).items()}
+    config = encoder.model.peft_config["default"]
+    body = json.dumps({"rank": config.r, "alpha": config.lora_alpha}, indent=1)
+    return {_WEIGHTS: safetensors.torch.save(tensors), _CONFIG: body.encode()}
+
+
+def merge(encoder: TextEncoder, files: dict[str, bytes]) -> None:
+    """Add the saved adapters to the weights of `encoder.model`, in place: it encodes as the trained model did.
+
+    Raises:
+        LoraError: the files are unreadable, or were made for another model.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    try:
+        config: dict[str, Any] = json.loads(files[_CONFIG])
+        tensors = safetensors.torch.load(files[_WEIGHTS])
+        attach(encoder, rank=config["rank"], alpha=config["alpha"], dropout=0.0, seed=0)
+    except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+        raise LoraError(f"saved adapters cannot be read: {error}; remove the model's folder and train again") from error
+    expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(encoder.model).items()}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    if found != expected:
+        different = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        raise LoraError(
+            f"saved adapters do not fit this language model: {len(different)} tensors differ, the first {different[0]}"
+        )
+    set_peft_model_state_dict(encoder.model, tensors)
+    encoder.model = encoder.model.merge_and_unload().eval()
+
+
+def encoder_of(spec: EncoderSpec, expected_version: str, device: str) -> TextEncoder:
+    """The language model that `spec` names, in memory.
+
+    Raises:
+        LoraError: it is another one than `expected_version`.
+    """
+    model = spec.resolve()
+    if model.version != expected_version:
+        raise LoraError(f"found {model.version} in {model.directory}, the run uses {expected_version}")
+    return TextEncoder(
+        model.directory,
+        pooling=spec.pooling,
+        max_tokens=spec.max_tokens,
+        batch_tokens=spec.batch_tokens,
+        dtype=spec.dtype,
+        device=device,
+    )
+
+
+class AdaptedEncoderActor:
+    """A worker for `udfs.actor_pool.map_ordered`: a shard is a list of texts, its result [n, width] float32."""
+
+    def __init__(self, spec: EncoderSpec, expected_version: str, files: dict[str, bytes], device: str) -> None:
+        """`files` are those of `dump`; raises LoraError as `encoder_of` and `merge` do."""
+        self._encoder = encoder_of(spec, expected_version, device)
+        merge(self._encoder, files)
+
+    def work(self, shard: list[str]) -> np.ndarray:
+        return self._encoder.encode(shard)
