@@ -69,14 +69,20 @@ def metrics(rows: Sequence[dict[str, Any]], metric: str, systems: Sequence[str])
     return _svg(figure)
 
 
+def bins(values: NDArray[np.float64], count: int = 40) -> NDArray[np.float64]:
+    """Edges [count + 1] of bins of equal width on a logarithmic axis, from the least value to the greatest."""
+    low, high = float(values.min()), float(values.max())
+    if high < 1.1 * low:
+        low, high = low / 1.1, high * 1.1
+    edges = np.geomspace(low, high, count + 1)
+    edges[[0, -1]] = low, high  # rounding would lose the values at the ends
+    return edges
+
+
 def probability_histogram(probabilities: NDArray[np.float64]) -> str:
     """How many (cold item, user) pairs have which probability, on a logarithmic axis."""
     figure, (axis,) = _figure(4.4, 2.5)
-    exponents = np.log10(probabilities)
-    low, high = float(exponents.min()), float(exponents.max())
-    if high - low < 0.1:
-        low, high = low - 0.05, high + 0.05
-    axis.hist(probabilities, bins=np.logspace(low, high, 41), color=_COLOURS["published"], rwidth=0.92)
+    axis.hist(probabilities, bins=bins(probabilities), color=_COLOURS["published"], rwidth=0.92)
     axis.set_xscale("log")
     axis.set_xlabel("p(user | item)", fontsize=9, color=_INK)
     axis.set_ylabel("pairs", fontsize=9, color=_INK)

@@ -226,3 +226,11 @@ def test_plots_stand_degenerate_probabilities(probabilities):
     ):
         assert svg.startswith("<svg")
         assert "nan" not in svg.lower().replace("dominant", "")
+    assert np.histogram(values, plots.bins(values))[0].sum() == len(values)
+
+
+def test_no_probability_falls_out_of_the_histogram():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        values = 10 ** rng.uniform(-9, 0, 7)
+        assert np.histogram(values, plots.bins(values))[0].sum() == 7
