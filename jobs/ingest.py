@@ -28,7 +28,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 import pyarrow as pa
-from deltalake import CommitProperties, Transaction, write_deltalake
+from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, SchemaMismatchError
 
 from jobs import cli
@@ -63,11 +63,14 @@ class IngestError(ColdRefreshError):
 
 @dataclass(frozen=True)
 class _Target:
-    """A table of the lake before the ingest: `holds` tells whether it has this very content."""
+    """A table of the lake before the ingest: `holds` tells whether it has this very content.
 
-    exists: bool
-    holds: bool
-    generation: int
+    What is decided from `delta` is also written through it: whoever commits in between makes that write a conflict.
+    """
+
+    delta: DeltaTable | None = None
+    holds: bool = False
+    generation: int = 0
 
 
 def ingest(
@@ -112,7 +115,7 @@ def ingest(
         target = targets[table]
         version = _write(lake, streams[table], ordered[table], digests[table], target, mode)
         status = (
-            {"create": "written", "append": "appended", "overwrite": "replaced"}[mode] if target.exists else "written"
+            {"create": "written", "append": "appended", "overwrite": "replaced"}[mode] if target.delta else "written"
         )
         facts[table] = {"status": status, "version": version, **streams[table].counts()}
         streams[table].report(status, version)
@@ -127,15 +130,15 @@ def _digest(name: str, request: Request, source: TableSource) -> str:
 
 def _target(lake: Lake, table: str, digest: str) -> _Target:
     if not lake.exists(table):
-        return _Target(False, False, 0)
+        return _Target()
     delta = lake.table(table)
     generation = delta.transaction_version(_GENERATION)
     holds = generation is not None and delta.transaction_version(f"{_GENERATION}/{digest}") == generation
-    return _Target(True, holds, generation or 0)
+    return _Target(delta, holds, generation or 0)
 
 
 def _check(lake: Lake, sources: dict[str, TableSource], targets: dict[str, _Target], mode: Mode) -> None:
-    other = [table for table, target in targets.items() if target.exists and not target.holds]
+    other = [table for table, target in targets.items() if target.delta and not target.holds]
     if mode == "create" and other:
         raise IngestError(
             f"the lake {lake.uri} has {_named(other)} with other content already; nothing was changed. A lake that has its "
@@ -239,7 +242,7 @@ def _write(lake: Lake, stream: _Stream, source: TableSource, digest: str, target
     )
     log(f"[ingest] {table}: reading {', '.join(files[:5])}{' ...' if len(files) > 5 else ''}")
     try:
-        if not target.exists:
+        if target.delta is None:
             write_deltalake(
                 lake.path(table),
                 stream.reader(),
@@ -251,7 +254,7 @@ def _write(lake: Lake, stream: _Stream, source: TableSource, digest: str, target
         else:
             replace = mode == "overwrite"
             write_deltalake(
-                lake.table(table),
+                target.delta,
                 stream.reader(),
                 mode="overwrite" if replace else "append",
                 schema_mode="overwrite" if replace else None,

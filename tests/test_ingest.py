@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -118,8 +117,10 @@ def test_a_killed_ingest_leaves_whole_tables_and_goes_on(tmp_path: Path, capsys:
     command = [sys.executable, "-m", "jobs.ingest", "csv", "--source", source, "--lake", lake, "--progress", "300000"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stderr is not None
+    writing = False
     for line in process.stderr:
-        if "[ingest] interactions:" in line and "rows read" in line:
+        writing = writing or "[ingest] interactions: reading" in line
+        if writing and "rows read" in line:
             process.send_signal(signal.SIGKILL)
             break
     process.stderr.close()
@@ -151,37 +152,23 @@ def test_two_ingests_at_once_write_once(
 ) -> None:
     lake = tmp_path / "lake"
     assert run(capsys, "csv", "--source", write(tmp_path / "in"), "--lake", lake)[0] == 0
-    source = write(tmp_path / "more", 50)
-    barrier = threading.Barrier(2, timeout=30)
+    command = ["csv", "--source", write(tmp_path / "more", 50), "--lake", lake, "--append"]
     looked = ingest._target
 
-    def both_look_first(*args: Any) -> Any:
-        found = looked(*args)
-        if args[1] == "interactions":
-            barrier.wait()
+    def another_is_faster(at: Lake, table: str, digest: str) -> Any:
+        found = looked(at, table, digest)
+        if table == "interactions":
+            # Between this one's look and its commit, the same ingest runs from its beginning to its end.
+            monkeypatch.setattr(ingest, "_target", looked)
+            assert run(capsys, *command)[1]["interactions"]["status"] == "appended"
         return found
 
-    monkeypatch.setattr(ingest, "_target", both_look_first)
-    request = Request(source=source)
-    outcomes: list[str] = []
-
-    def one() -> None:
-        try:
-            outcomes.append(
-                ingest.ingest("csv", request, Lake(str(lake)), mode="append")["tables"]["interactions"]["status"]
-            )
-        except ingest.IngestError as error:
-            outcomes.append(str(error))
-
-    threads = [threading.Thread(target=one) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    monkeypatch.setattr(ingest, "_target", another_is_faster)
+    status, _, err = run(capsys, *command)
+    assert status == 1
+    assert "another process wrote it at the same time, and nothing was added; run again" in err
     assert count(lake, "interactions") == 53
-    assert "appended" in outcomes
-    other = next((o for o in outcomes if o != "appended"), "")
-    assert other == "present" or "nothing was added" in other
+    assert run(capsys, *command)[1]["interactions"]["status"] == "present"
 
 
 def test_batches_are_made_as_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,9 +218,9 @@ def _peak_mb(source: Path, lake: Path) -> float:
 
 
 def test_memory_does_not_grow_with_the_input(tmp_path: Path) -> None:
-    text = "word " * 4_000  # 20 kB
+    text = "word " * 1_000  # 5 kB
     peaks = {}
-    for items in (500, 20_000):  # 10 MB, 400 MB
+    for items in (20_000, 80_000):  # 100 MB, 400 MB
         source = write(tmp_path / f"in-{items}")
         (source / "items.csv").unlink()
         with gzip.open(source / "items.csv.gz", "wb", 1) as stream:
@@ -241,5 +228,4 @@ def test_memory_does_not_grow_with_the_input(tmp_path: Path) -> None:
             for start in range(0, items, 500):
                 stream.write("".join(f"{i},title {i},{text}\n" for i in range(start, start + 500)).encode())
         peaks[items] = _peak_mb(source, tmp_path / f"lake-{items}")
-    print(peaks)
-    assert peaks[20_000] < peaks[500] + 200, peaks
+    assert peaks[80_000] < peaks[20_000] + 120, peaks

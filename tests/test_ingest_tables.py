@@ -15,6 +15,7 @@ import pytest
 from deltalake import DeltaTable
 
 from jobs import ingest
+from jobs.formats.files import BLOCK_BYTES
 from schemas.table import table as schema
 
 
@@ -160,16 +161,16 @@ def test_quoted_fields_hold_newlines_delimiters_and_long_texts(
 
 
 def test_a_quoted_record_that_spans_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    # The quote opens before the end of the first block of 8 MB, and closes in the next one.
-    filler = b"".join(b"%d,title %d\n" % (i, i) for i in range(420_000))
-    record = b'x,"' + b"line\n" * 200_000 + b'end"\nlast,one\n'
+    # The quote opens before the end of the first block of 2 MB, and closes in the next one.
+    filler = b"".join(b"%d,title %d\n" % (i, i) for i in range(90_000))
+    record = b'x,"' + b"line\n" * 100_000 + b'end"\nlast,one\n'
     source = write_csv(tmp_path / "in", b"user_id,item_id\nu,x\n", b"item_id,title\n" + filler + record)
-    assert len(filler) < 8 << 20 < len(filler) + len(record)
+    assert len(filler) < BLOCK_BYTES < len(filler) + len(record)
     status, facts, err = run(capsys, "csv", "--source", source, "--lake", tmp_path / "lake")
     assert status == 0, err
-    assert (facts["items"]["rows_in"], facts["items"]["rejected"]) == (420_002, {})
+    assert (facts["items"]["rows_in"], facts["items"]["rejected"]) == (90_002, {})
     titles = {r["item_id"]: r["title"] for r in rows(tmp_path / "lake", "items") if not r["item_id"].isdigit()}
-    assert titles == {"x": "line\n" * 200_000 + "end", "last": "one"}
+    assert titles == {"x": "line\n" * 100_000 + "end", "last": "one"}
 
 
 def test_fast_and_careful_parsing_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

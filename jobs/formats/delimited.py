@@ -17,6 +17,8 @@ from jobs.formats.contract import FormatError, Tally
 from jobs.formats.files import BLOCK_BYTES, MAX_LINE_BYTES, SourceFile, line_blocks
 
 _ROWS = 8192
+# A quoted field that runs over more lines than this holds is a quote that was never closed.
+_RECORD_BYTES = 16 << 20
 # Stands for a separator of several characters; no text holds the "unit separator".
 _STAND_IN = "\x1f"
 
@@ -72,8 +74,9 @@ def read(
         carry = b""
         batch = _fast(block, len(names), positions, ours, joined, quoted)
         if batch is not None:
-            tally.rows_in += batch.num_rows
-            yield from batch.to_batches(max_chunksize=_ROWS * 8)
+            for chunk in batch.to_batches(max_chunksize=_ROWS * 8):
+                tally.rows_in += chunk.num_rows
+                yield chunk
         else:
             records = _Records(block, joined, quoted, last=following is None)
             yield from _slow(records, len(names), positions, ours, tally)
@@ -92,7 +95,9 @@ def _fast(
     try:
         table = pa_csv.read_csv(
             pa.BufferReader(block),
-            read_options=pa_csv.ReadOptions(column_names=names, use_threads=False, block_size=BLOCK_BYTES * 16),
+            read_options=pa_csv.ReadOptions(
+                column_names=names, use_threads=False, block_size=max(BLOCK_BYTES, len(block) + 1)
+            ),
             parse_options=pa_csv.ParseOptions(delimiter=delimiter, quote_char=False),
             convert_options=pa_csv.ConvertOptions(
                 column_types=dict.fromkeys(include, pa.binary()),
@@ -139,7 +144,7 @@ class _Records:
             except csv.Error as error:
                 if "unexpected end" in str(error) and not self._last:
                     tail = "\n".join(self._lines[at:])
-                    if len(tail) < MAX_LINE_BYTES:
+                    if len(tail) < _RECORD_BYTES:
                         self.rest = (tail + "\n").encode("utf-8", "surrogateescape")
                         return
                 yield self._lines[at]

@@ -15,8 +15,9 @@ from typing import IO
 
 from schemas.errors import ColdRefreshError
 
-BLOCK_BYTES = 8 << 20
-# A longer line (or quoted CSV record) is no line of text: it would be held in memory whole.
+# The Delta writer queues some tens of batches, and a batch is a block: small blocks keep the memory small.
+BLOCK_BYTES = 2 << 20
+# A longer line is no line of text: it would be held in memory whole.
 MAX_LINE_BYTES = 64 << 20
 
 

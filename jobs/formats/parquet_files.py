@@ -14,7 +14,7 @@ from jobs.formats.files import SourceFile
 
 OPTIONS = ("interactions", "items", "split", "map", "time_unit")
 # Texts may be long: few rows at a time keep the memory small.
-_ROWS = {"interactions": 65_536, "items": 4_096, "split": 65_536}
+_ROWS = {"interactions": 65_536, "items": 1_024, "split": 65_536}
 
 
 def open_source(request: Request) -> dict[str, TableSource]:
