@@ -57,7 +57,30 @@ def refresh(settings: Settings, run_date: date, stage: str | None = None, *, tra
         _prune(run)
     elif training and stages[-1] in done:
         Staging(run.lake.path(f"_staging/{run.run_id}")).clear()  # the space and the model are artifacts
+    if not training:
+        _tell(run, done)
     return _summary(run, done, computed, time.perf_counter() - begun)
+
+
+def _tell(run: Run, done: dict[str, dict[str, Any]]) -> None:
+    """The metrics beside their floors, and where everything is, for a person."""
+    summary = done.get("evaluate", {}).get("summary") or {}
+    if summary:
+        names = sorted({metric for systems in summary.values() for values in systems.values() for metric in values})
+        log("".join([f"\n{'split':10}{'system':14}", *(f"{name:>12}" for name in names)]))
+        for split, systems in summary.items():
+            for system, values in systems.items():
+                log(
+                    f"{split:10}{system:14}" + "".join(f"{values[n]:12.4f}" if n in values else " " * 12 for n in names)
+                )
+    elif "evaluate" in done:
+        log(f"\nno metrics: {done['evaluate'].get('note', 'nothing to measure yet')}")
+    if "publish" in done:
+        log("\ntables of this night:")
+        for name, version in done["publish"]["output_versions"].items():
+            log(f"  {run.lake.path(name)} (version {version})")
+    if "report" in done:
+        log(f"report: {done['report']['path']}")
 
 
 def _summary(run: Run, done: dict[str, dict[str, Any]], computed: list[str], seconds: float) -> dict[str, Any]:

@@ -25,9 +25,9 @@ def cluster(settings: RayCluster) -> Iterator[None]:
     """Within it, Ray is initialised in this process.
 
     Joins the cluster at `settings.address` (inside a Ray job: the job's, which $RAY_ADDRESS names); without an address
-    starts one on this machine, of all its CPUs and GPUs, and stops it at the end. If Ray is initialised already, by the
-    caller or by an enclosing `cluster`, that is used and left as it is. Whoever reaches a cluster may run code on it:
-    Ray's token authentication stays as the environment sets it (RAY_AUTH_MODE).
+    starts one on this machine, of all its CPUs and GPUs. Either ends with the process, not with the context: the next stage
+    of a night need not start it again. If Ray is initialised already, that is used. Whoever reaches a cluster may run code
+    on it: Ray's token authentication stays as the environment sets it (RAY_AUTH_MODE).
 
     Raises:
         ClusterError: no Ray answers at the address (known within about a minute), or one actor wants more than there is.
@@ -51,12 +51,9 @@ def cluster(settings: RayCluster) -> Iterator[None]:
     except (Exception, SystemExit) as error:  # Ray ends the process where it gives up on an address
         where = f"at {address}" if address else "on this machine"
         raise ClusterError(f"Ray {where} cannot be used: {error}. {_remedy(address)}") from error
-    try:
-        if not address:
-            _require_room(settings)
-        yield
-    finally:
-        ray.shutdown()
+    if not address:
+        _require_room(settings)
+    yield
 
 
 def _remedy(address: str | None) -> str:

@@ -76,7 +76,9 @@ def content(prompt: str) -> Column:
     from pyspark.sql import functions as F
 
     title, text = (F.nullif(F.trim(F.coalesce(F.col(c), F.lit(""))), F.lit("")) for c in ("title", "text"))
-    fields = {"title": title, "text": text, "content": F.concat_ws("\n", title, text)}
+    # Many catalogues repeat the title at the head of the text.
+    both = F.when(F.startswith(text, title), text).otherwise(F.concat_ws("\n", title, text))
+    fields = {"title": title, "text": text, "content": both}
     parts, named = [], []
     for literal, field, _, _ in string.Formatter().parse(prompt):
         parts.append(F.lit(literal))
