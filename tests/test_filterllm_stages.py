@@ -227,7 +227,7 @@ def test_no_cold_items_is_a_good_night(lake: Path) -> None:
 def test_items_without_any_text_and_strangers_only_are_clear_errors(lake: Path) -> None:
     _, items = tables()
     wordless = dict.fromkeys(items["item_id"].to_pylist())
-    silent = night(lake, texts=wordless)
+    silent = night(lake, texts=wordless, space="space-c")
     with pytest.raises(FilterLLMError, match="48 are warm, 0 of them have a text"):
         filterllm_train.run(silent, silent.staging("filterllm_train"))
     run = night(lake)
