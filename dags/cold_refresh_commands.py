@@ -41,7 +41,8 @@ def lake() -> str:
 def _asset(table: str) -> Asset:
     root = lake().rstrip("/")
     root = root if "://" in root else (home() / root).as_uri()
-    return Asset(name=f"cold_refresh_{table}", uri=f"{root}/{table}", group="cold_refresh")
+    # Its name is its URI: two assets of one name (another lake's) would keep each other from being active.
+    return Asset(uri=f"{root}/{table}", group="cold_refresh")
 
 
 OUTPUTS = {table: _asset(table) for table in ("sampled_interactions", "item_embeddings", "user_embeddings")}
