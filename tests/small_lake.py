@@ -34,14 +34,14 @@ class SmallLake:
         return {f"{topic}-new-{i}" for topic in TOPICS for i in range(3)}
 
 
-def tables(seed: int = 11) -> tuple[pa.Table, pa.Table]:
-    """(interactions, items): 20 users and 12 warm items a topic, 3 new items a topic that are first bought from RUN_DATE on."""
+def tables(seed: int = 11, new_items: int = 3) -> tuple[pa.Table, pa.Table]:
+    """(interactions, items): 20 users and 12 warm items a topic, and new ones that are first bought from RUN_DATE on."""
     rng = np.random.default_rng(seed)
     events, items = [], []
     first = datetime(RUN_DATE.year, RUN_DATE.month, RUN_DATE.day, tzinfo=UTC)
     for topic, text in TOPICS.items():
         names = [f"{topic}-{i}" for i in range(12)]
-        new = [f"{topic}-new-{i}" for i in range(3)]
+        new = [f"{topic}-new-{i}" for i in range(new_items)]
         sizes = ["small", "large", "plain", "fancy", "cheap", "gift"]
         for i, name in enumerate([*names, *new]):
             items.append({"item_id": name, "title": f"{sizes[i % 6]} {topic} no. {i}", "text": text})
@@ -49,7 +49,7 @@ def tables(seed: int = 11) -> tuple[pa.Table, pa.Table]:
             user = f"{topic}-user-{u:02d}"
             for name in rng.choice(names, 6, replace=False):
                 events.append((user, str(name), first - timedelta(days=float(rng.integers(2, 60)), hours=1)))
-            for name in rng.choice(new, 2, replace=False):
+            for name in rng.choice(new, min(2, new_items), replace=False) if new else ():
                 events.append((user, str(name), first + timedelta(days=float(rng.integers(1, 9)), hours=1)))
         # A few buy in another topic, so that the graph is one piece.
         other = list(TOPICS)[(list(TOPICS).index(topic) + 1) % len(TOPICS)]
@@ -61,10 +61,10 @@ def tables(seed: int = 11) -> tuple[pa.Table, pa.Table]:
     return interactions, pa.Table.from_pylist(items)
 
 
-def build(folder: Path, **overrides: object) -> SmallLake:
-    """Write the lake and a settings file into `folder`; `overrides` are top-level settings."""
+def build(folder: Path, new_items: int = 3, **overrides: object) -> SmallLake:
+    """Write the lake and a settings file into `folder`; `new_items` a topic are cold; `overrides` are top-level settings."""
     lake, conf = folder / "lake", folder / "small.yaml"
-    interactions, items = tables()
+    interactions, items = tables(new_items=new_items)
     write_deltalake(str(lake / "interactions"), interactions)
     write_deltalake(str(lake / "items"), items)
     settings: dict[str, object] = {

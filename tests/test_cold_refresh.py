@@ -91,6 +91,14 @@ def test_a_night_killed_in_every_stage_leaves_the_same_tables(
     nights.assert_same_tables(disturbed.lake, undisturbed[0].lake, disturbed.run_date)
 
 
+def test_a_night_without_cold_items_is_a_good_night(tmp_path: Path) -> None:
+    lake = small.build(tmp_path, new_items=0)
+    summary = nights.night(lake.conf, lake.run_date)
+    assert summary["cold_items"] == 0
+    assert summary["rows_out"] == {"sampled_interactions": 0, "item_embeddings": 48, "user_embeddings": 80}
+    assert Lake(str(lake.lake)).read("item_embeddings").num_rows == 48
+
+
 def test_dry_run_says_what_would_be_done_and_does_nothing(small_lake: small.SmallLake) -> None:
     plan = nights.night(small_lake.conf, small_lake.run_date, "--dry-run")
     assert [stage["stage"] for stage in plan["stages"] if stage["run"]] == list(STAGES)

@@ -1,0 +1,43 @@
+"""The README's commands: what they name is there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+BLOCKS = re.findall(r"^```\n(.*?)^```", (REPOSITORY / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+COMMANDS = [line for block in BLOCKS for line in block.splitlines() if re.match(r"(make|[A-Z_]+=\S+ |\.venv)", line)]
+
+
+def test_there_are_commands() -> None:
+    assert len(COMMANDS) > 8
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_a_command_names_exists(command: str) -> None:
+    if command.startswith("make "):
+        targets = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+        assert command.split()[1] in targets
+    for path in re.findall(r"(?:^| )((?:conf|jobs|dags)/[\w./-]+)", command):
+        assert (REPOSITORY / path).exists(), path
+    for program in re.findall(r"\.venv/bin/([\w-]+)", command):
+        assert (Path(sys.executable).parent / program).exists(), program
+
+
+MODULES = sorted({m for command in COMMANDS for m in re.findall(r"-m (jobs\.\w+)", command)} | {"jobs.cold_refresh"})
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_option_is_known(module: str) -> None:
+    shown = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, cwd=REPOSITORY)
+    assert shown.returncode == 0, shown.stderr
+    marker = module.replace("jobs.cold_refresh", "jobs/cold_refresh.py")
+    mine = [c.split(f"{marker} ", 1)[1] for c in COMMANDS if f"{marker} " in c]
+    assert mine
+    for option in {option for words in mine for option in re.findall(r"--[a-z-]+", words)}:
+        assert option in shown.stdout, option

@@ -1,0 +1,70 @@
+"""Settings: what is refused, what overrides do, and which changes make another run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jobs.run import parse_run_date
+from jobs.settings import Settings, SettingsError, load
+
+CONF = Path(__file__).parents[1] / "conf"
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_file_of_conf_loads_and_begins_with_its_command(path: Path) -> None:
+    load(path)
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# spark-submit jobs/cold_refresh.py")
+    assert f"conf/{path.name}" in first
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("cf.modle=als", "cf.modle"),
+        ("cf.model=svd", "'als'"),
+        ("text.max_tokens=many", "text.max_tokens"),
+        ("sampling.k=0", "sampling.k"),
+        ("refresh.users=1000", "refresh.users"),
+        ("evaluate.protocol=random_item", "snapshot.split"),
+        ("seed", "expected key=value"),
+        ("lake.folder=x", "lake is not a section"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(override: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        load(CONF / "demo.yaml", [override])
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="no settings file"):
+        load(tmp_path / "nothing.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("lake: [")
+    with pytest.raises(SettingsError, match="is not YAML"):
+        load(broken)
+    broken.write_text("- a list")
+    with pytest.raises(SettingsError, match="no mapping"):
+        load(broken)
+
+
+def test_overrides_are_applied_and_settings_are_frozen() -> None:
+    settings = load(CONF / "demo.yaml", ["sampling.k=7", "snapshot.window_days=30"])
+    assert (settings.sampling.k, settings.snapshot.window_days) == (7, 30)
+    with pytest.raises(ValueError, match="frozen"):
+        settings.seed = 8
+
+
+def test_only_what_decides_results_makes_another_run() -> None:
+    base = Settings(lake="here")
+    assert base.digest() == Settings.model_validate({"lake": "there", "ray": {"actors": 9}}).digest()
+    assert base.digest() != Settings.model_validate({"lake": "here", "cf": {"dimension": 32}}).digest()
+    assert base.digest() != Settings(lake="here", seed=8).digest()
+
+
+@pytest.mark.parametrize("text", ["2026-02-30", "20260201", "yesterday", ""])
+def test_a_run_date_that_is_none(text: str) -> None:
+    with pytest.raises(SettingsError, match="is no date"):
+        parse_run_date(text)
