@@ -18,7 +18,7 @@ import time
 from datetime import date
 from typing import Any
 
-from jobs import cli
+from jobs import cli, ray_cluster, text_embeddings
 from jobs.run import STAGES, TRAINING_STAGES, Run, execute, find_run, log, open_run, parse_run_date
 from jobs.settings import Settings
 from jobs.staging import Staging
@@ -46,6 +46,8 @@ def refresh(settings: Settings, run_date: date, stage: str | None = None, *, tra
     if stage is None and stages[-1] in done:
         log("this night is finished and its inputs have not changed: nothing is recomputed")
     else:
+        if stage in (None, stages[0]):
+            _preflight(settings)
         for name in (stage,) if stage else stages:
             if name in done:
                 log(f"[{name}] complete already: skipped")
@@ -60,6 +62,17 @@ def refresh(settings: Settings, run_date: date, stage: str | None = None, *, tra
     if not training:
         _tell(run, done)
     return _summary(run, done, computed, time.perf_counter() - begun)
+
+
+def _preflight(settings: Settings) -> None:
+    """What would stop the night hours later is found before any compute.
+
+    Raises:
+        udfs.model_files.ModelError: the language model is missing or is not the expected one.
+        jobs.ray_cluster.ClusterError: no Ray cluster answers at ray.address.
+    """
+    text_embeddings.model_version(settings.text)
+    ray_cluster.require(settings.ray)
 
 
 def _tell(run: Run, done: dict[str, dict[str, Any]]) -> None:

@@ -37,10 +37,9 @@ def cluster(settings: RayCluster) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = settings.address or os.environ.get("RAY_ADDRESS") or None
+    require(settings)
+    address = _address(settings)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if address and address not in ("auto", "local"):
-        _require_answer(address)
     # Workers' output is in Ray's own log folder: stdout belongs to the summary.
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
@@ -54,6 +53,17 @@ def cluster(settings: RayCluster) -> Iterator[None]:
     if not address:
         _require_room(settings)
     yield
+
+
+def _address(settings: RayCluster) -> str | None:
+    return settings.address or os.environ.get("RAY_ADDRESS") or None
+
+
+def require(settings: RayCluster) -> None:
+    """Raises ClusterError unless a cluster answers at the address, if one is set; starts and joins nothing."""
+    address = _address(settings)
+    if address and address not in ("auto", "local"):
+        _require_answer(address)
 
 
 def _remedy(address: str | None) -> str:

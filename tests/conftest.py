@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import nights
 from tests import small_lake as small
+
+# Whole nights in processes of their own: the longest tests, which share one undisturbed night.
+_NIGHTS = ("test_cold_refresh.py", "test_dags.py", "test_backfill.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two workers at once (-n 2 --dist loadgroup): the nights in one, everything else, file by file, beside them."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("nights" if item.path.name in _NIGHTS else item.path.name))
+    items.sort(key=lambda item: item.path.name not in _NIGHTS)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -17,6 +29,9 @@ def _offline() -> None:
     """Nothing is fetched while tests run, and Ray's loopback cluster needs no token."""
     os.environ.update({"HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"})
     # Many short JVMs on few cores: most of their time would go to the optimising compiler.
+    # pyspark takes a main module without a file, as a worker of xdist has, for a doctest and ends the process.
+    main = sys.modules["__main__"]
+    main.__file__ = getattr(main, "__file__", None) or __file__
     os.environ["JDK_JAVA_OPTIONS"] = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 
 
@@ -26,8 +41,7 @@ def spark() -> Iterator[Any]:
     from jobs.settings import Spark
     from jobs.spark_session import session
 
-    conf = {"spark.driver.memory": "1g", "spark.sql.shuffle.partitions": "2", "spark.ui.enabled": "false"}
-    running = session(Spark(master="local[2]", conf=conf), "tests")
+    running = session(Spark(master="local[2]", conf=small.SPARK_CONF), "tests")
     yield running
     running.stop()
 
@@ -36,6 +50,13 @@ def spark() -> Iterator[Any]:
 def small_lake(tmp_path: Path) -> small.SmallLake:
     """A lake of 80 users, 48 warm and 12 cold items, and its settings file."""
     return small.build(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[small.SmallLake, dict[str, Any]]:
+    """A lake after one night that nothing disturbed, run by spark-submit, and the night's summary."""
+    lake = small.build(tmp_path_factory.mktemp("undisturbed"))
+    return lake, nights.night(lake.conf, lake.run_date)
 
 
 @pytest.fixture(scope="session")

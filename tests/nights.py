@@ -1,4 +1,7 @@
-"""Running whole nights in processes of their own, and comparing the tables that they leave."""
+"""Running whole nights in processes of their own, and comparing the tables that they leave.
+
+spark-submit hands on both streams of the Python that it runs as its own stdout; the summary stays the last line.
+"""
 
 from __future__ import annotations
 
@@ -38,14 +41,15 @@ def environment() -> dict[str, str]:
 def night(conf: Path, run_date: object, *more: str) -> dict[str, Any]:
     """Run a night to its end; the summary, the last line of stdout."""
     done = run(conf, run_date, *more)
-    assert done.returncode == 0, done.stderr[-6000:]
+    assert done.returncode == 0, done.stdout[-6000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def run(conf: Path, run_date: object, *more: str) -> subprocess.CompletedProcess[str]:
-    """Run a night, whatever its exit status."""
+    """Run a night, whatever its exit status; all that it said is in stdout."""
     line = command(conf, run_date, *more)
-    return subprocess.run(line, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=500)
+    said: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.run(line, cwd=REPOSITORY, env=environment(), timeout=500, **said)
 
 
 def kill_at(conf: Path, run_date: object, stage: str, delay: float) -> None:
@@ -54,14 +58,14 @@ def kill_at(conf: Path, run_date: object, stage: str, delay: float) -> None:
         command(conf, run_date),
         cwd=REPOSITORY,
         env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
-    assert process.stderr is not None
+    assert process.stdout is not None
     seen = []
-    for line in process.stderr:
+    for line in process.stdout:
         seen.append(line)
         if line.startswith(f"[{stage}] started"):
             break
@@ -71,7 +75,7 @@ def kill_at(conf: Path, run_date: object, stage: str, delay: float) -> None:
         process.wait(delay)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-    process.stderr.close()
+    process.stdout.close()
     process.wait()
 
 

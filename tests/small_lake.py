@@ -20,6 +20,17 @@ TOPICS = {
 }
 
 
+# On a few rows most of Spark's time would go to compiling and planning again what runs once.
+SPARK_CONF = {
+    "spark.driver.memory": "1g",
+    "spark.sql.shuffle.partitions": "2",
+    "spark.sql.codegen.factoryMode": "NO_CODEGEN",
+    "spark.sql.codegen.wholeStage": "false",
+    "spark.sql.adaptive.enabled": "false",
+    "spark.ui.enabled": "false",
+}
+
+
 @dataclass(frozen=True)
 class SmallLake:
     """Where the lake and its settings are."""
@@ -75,9 +86,7 @@ def build(folder: Path, new_items: int = 3, **overrides: object) -> SmallLake:
         "filterllm": {"epochs": 15, "hidden": 64, "batch_size": 16, "validation_share": 0.1},
         "sampling": {"k": 10, "shard_items": 4},
         "evaluate": {"protocol": "temporal", "k": [10], "bootstrap": 50},
-        "spark": {
-            "conf": {"spark.driver.memory": "1g", "spark.sql.shuffle.partitions": "2", "spark.ui.enabled": "false"}
-        },
+        "spark": {"conf": SPARK_CONF},
     }
     conf.write_text(yaml.safe_dump({**settings, **overrides}))
     return SmallLake(lake, conf)

@@ -24,6 +24,7 @@ from jobs.backfill import dates
 from jobs.lake import Lake
 from jobs.run import OUTPUTS, STAGES
 from jobs.settings import SettingsError
+from tests import nights
 from tests.small_lake import SmallLake
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -183,7 +184,9 @@ def test_a_ray_job_runs_in_a_copy_so_the_lake_is_named_in_full(head: Head, tmp_p
 
 
 @pytest.mark.timeout(1200)
-def test_a_ray_job_publishes_every_date_once(head: Head, small_lake: SmallLake) -> None:
+def test_a_ray_job_publishes_every_date_once(
+    head: Head, small_lake: SmallLake, undisturbed: tuple[SmallLake, Any]
+) -> None:
     """Two nights on two CPUs: the dates' own tasks take none of them, so the workers of the refresh have room."""
     first, last = small_lake.run_date, small_lake.run_date + timedelta(days=1)
     ended = head.submit(first, last, small_lake.conf)
@@ -195,6 +198,7 @@ def test_a_ray_job_publishes_every_date_once(head: Head, small_lake: SmallLake) 
     for day in (first, last):
         runs = lake.read("runs", refresh_date=day).to_pylist()
         assert sorted(row["stage"] for row in runs) == sorted(["open", *STAGES])
+    nights.assert_same_tables(small_lake.lake, undisturbed[0].lake, first)  # as spark-submit leaves them
     before = {table: lake.version(table) for table in OUTPUTS}
 
     again = head.submit(first, last, small_lake.conf)

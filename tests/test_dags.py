@@ -15,7 +15,7 @@ import pytest
 
 from jobs.lake import Lake
 from jobs.run import OUTPUTS, STAGES, TRAINING_STAGES
-from tests import airflow_home
+from tests import airflow_home, nights
 from tests.airflow_home import ROOT, AirflowHome
 from tests.small_lake import SmallLake
 
@@ -177,8 +177,10 @@ def test_backfill_creates_a_run_for_each_night(home: AirflowHome) -> None:
 
 
 @pytest.mark.timeout(1200)
-def test_a_training_then_the_night_that_uses_it_then_a_ranker(home: AirflowHome, small_lake: SmallLake) -> None:
-    """`dags test D` covers [D - 1, D), so it refreshes with --run-date D."""
+def test_a_training_then_the_night_that_uses_it_then_a_ranker(
+    home: AirflowHome, small_lake: SmallLake, undisturbed: tuple[SmallLake, Any]
+) -> None:
+    """`dags test D` covers [D - 1, D), so it refreshes with --run-date D; the tables are those of spark-submit."""
     day = small_lake.run_date.isoformat()
     options = {
         "COLD_REFRESH_PYTHON": sys.executable,
@@ -214,6 +216,7 @@ def test_a_training_then_the_night_that_uses_it_then_a_ranker(home: AirflowHome,
         }
         for table in OUTPUTS
     }
+    nights.assert_same_tables(small_lake.lake, undisturbed[0].lake, small_lake.run_date)
     read = home.airflow("dags", "test", "ranker", "--conf", json.dumps({"date": day}), **options)
     assert read.returncode == 0, read.stdout[-8000:]
     assert published["run_id"] in read.stdout
