@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
@@ -32,15 +31,11 @@ NIGHTS = iter(range(10_000))
 
 
 @pytest.fixture(scope="module")
-def lake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A lake with the texts' embeddings and a trained model of RUN_DATE; Ray runs meanwhile."""
-    import ray
-
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20, logging_level="ERROR")
+def lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A lake with the texts' embeddings and a trained model of RUN_DATE."""
     folder = tmp_path_factory.mktemp("lake")
     execute(night(folder), "filterllm_train", filterllm_train.run)
-    yield folder
-    ray.shutdown()
+    return folder
 
 
 def night(
