@@ -47,7 +47,8 @@ class _Night:
     item_ids: pa.Array
     warm: Mask
     sampled_rows: pa.Table  # of users and items that still exist
-    sampled: Pairs  # the part of them that the refresh uses: indices and weights
+    sampled: Pairs  # the part of them that the refresh uses: indices and weights (relative to the item's first)
+    shares: Pairs  # the same pairs, with as how many interactions each counts in a fold-in
 
 
 @dataclass
@@ -145,7 +146,12 @@ def _night(run: Run) -> _Night:
         weights = probability / np.repeat(probability[first], np.diff(first, append=len(item)))
     used = rows["rank"].to_numpy() <= (settings.users or np.inf)
     sampled = Pairs(user[used], item[used], weights[used].astype(np.float32))
-    return _Night(run, user_ids, item_ids, pc.equal(items["label"], "warm").to_numpy(), rows, sampled)
+    shares = np.ones(len(sampled.items))
+    if settings.by_probability and len(shares):
+        total = np.bincount(sampled.items, sampled.weights, minlength=len(item_ids))[sampled.items]
+        shares = settings.interactions * sampled.weights / total
+    counted = Pairs(sampled.users, sampled.items, shares.astype(np.float32))
+    return _Night(run, user_ids, item_ids, pc.equal(items["label"], "warm").to_numpy(), rows, sampled, counted)
 
 
 def _sampled_items(night: _Night) -> Mask:
@@ -185,7 +191,7 @@ def _users(space: Space, in_space: Rows, items_in_space: Rows, real: Pairs) -> M
     return vectors
 
 
-def _fold(space: Space, fixed: Matrix, csr: Any, scale: str, gram_of_all: Any = None) -> Matrix:
+def _fold(space: Space, fixed: Matrix, csr: Any, scale: str, gram_of_all: Any = None, shares: Any = None) -> Matrix:
     facts = space.facts
     return fold_in(
         fixed,
@@ -194,6 +200,7 @@ def _fold(space: Space, fixed: Matrix, csr: Any, scale: str, gram_of_all: Any = 
         regularization=facts["regularization"],
         scale=facts[scale],
         gram_of_all=gram_of_all,
+        shares=shares,
     )
 
 
@@ -216,16 +223,19 @@ def _items(night: _Night, space: Space, users: Matrix, in_space: Rows, real: Pai
     with_vector = np.asarray(users.any(1))
     real_mine = left[real.items] & with_vector[real.users]
     real = Pairs(real.users[real_mine], real.items[real_mine], real.weights[real_mine])
-    # A sampled item's few real pairs count as much as its first sampled user.
+    # A sampled item's few real pairs are interactions like any other; what is only probable counts by its share.
     weights = np.where(sampled_items[real.items], 1.0, real.weights)
-    sampled = _without(night.sampled, real, len(users))
+    sampled = _without(night.shares, real, len(users))
     sampled_mine = left[sampled.items] & with_vector[sampled.users]
     user = np.concatenate([real.users, sampled.users[sampled_mine]])
     item = np.concatenate([real.items, sampled.items[sampled_mine]])
-    weights = np.concatenate([weights, sampled.weights[sampled_mine]])
+    weights = np.concatenate([weights, np.ones(sampled_mine.sum())])
+    shares = np.concatenate([np.ones(len(real.items)), sampled.weights[sampled_mine]])
     rows, row = np.unique(item, return_inverse=True)
     # The Gram matrix is of the space's own users: a vector must not depend on who else is new tonight.
-    vectors = _fold(space, users, to_csr(row, user, weights, len(rows)), "item_scale", gram(space.users))
+    csr = to_csr(row, user, weights, len(rows))
+    shares = to_csr(row, user, shares, len(rows))[2]
+    vectors = _fold(space, users, csr, "item_scale", gram(space.users), shares)
     source = np.where(sampled_items[rows], "sampled", "cf").astype(object)
     found.put(rows, vectors, source, np.bincount(real.items, minlength=len(in_space))[rows], midnight)
     return found

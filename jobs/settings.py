@@ -121,7 +121,10 @@ class Sampling(_Section):
 class Refresh(_Section):
     method: Literal["fold_in", "retrain"] = "fold_in"
     users: int | None = Field(None, ge=1, description="how many of the K users the refresh uses; all by default")
-    by_probability: bool = Field(True, description="weigh the users by their probability (relative to the first)")
+    by_probability: bool = Field(True, description="weigh the users by their probability; otherwise each counts as one")
+    interactions: float = Field(
+        15.0, gt=0, description="fold_in by probability: how many interactions an item's users stand for together"
+    )
 
 
 class Gates(_Section):

@@ -112,3 +112,23 @@ def test_scale_brings_fold_ins_to_the_length_of_a_space_that_als_did_not_train()
     )
     assert abs(scale - 1) > 0.05
     assert norm_scale(x, np.zeros_like(x)) == 1.0
+
+
+def test_a_share_of_a_pair_is_that_part_of_one() -> None:
+    """Two halves of a pair are the pair; a row of all shares 3 is the row with each pair three times."""
+    rng = np.random.default_rng(5)
+    vectors = rng.normal(size=(9, 4)).astype(np.float32)
+    options = {"alpha": 7.0, "regularization": 0.1}
+    whole = fold_in(vectors, np.array([0, 2]), np.array([1, 4]), np.array([1.0, 2.0]), **options)
+    halves = fold_in(
+        vectors,
+        np.array([0, 4]),
+        np.array([1, 1, 4, 4]),
+        np.array([1.0, 1.0, 2.0, 2.0]),
+        shares=np.full(4, 0.5),
+        **options,
+    )
+    np.testing.assert_allclose(halves, whole, atol=1e-6)
+    thrice = fold_in(vectors, np.array([0, 3]), np.array([6, 6, 6]), np.ones(3), **options)
+    shared = fold_in(vectors, np.array([0, 1]), np.array([6]), np.ones(1), shares=np.array([3.0]), **options)
+    np.testing.assert_allclose(shared, thrice, atol=1e-6)

@@ -82,15 +82,18 @@ def _by_id(table: pa.Table) -> dict[str, dict[str, Any]]:
     return {row[key]: {**row, "embedding": v} for row, v in zip(table.to_pylist(), vectors, strict=True)}
 
 
-def _reference(space: cf.Space, weights: dict[str, float], *, side: str = "users", others: Any = None) -> np.ndarray:
+def _reference(
+    space: cf.Space, shares: dict[str, float], *, side: str = "users", others: Any = None, weights: Any = None
+) -> np.ndarray:
     """The closed form on the space's vectors (and on `others`: id -> vector), with the Gram matrix of the space alone."""
     ids, matrix = (space.user_ids, space.users) if side == "users" else (space.item_ids, space.items)
     vectors = {**dict(zip(ids, matrix, strict=True)), **(others or {})}
     return fold_in(
-        np.stack([vectors[name] for name in weights]),
-        np.array([0, len(weights)]),
-        np.arange(len(weights)),
-        np.array(list(weights.values())),
+        np.stack([vectors[name] for name in shares]),
+        np.array([0, len(shares)]),
+        np.arange(len(shares)),
+        np.ones(len(shares)) if weights is None else np.array(weights),
+        shares=np.array(list(shares.values())),
         alpha=space.facts["alpha"],
         regularization=space.facts["regularization"],
         scale=space.facts["item_scale" if side == "users" else "user_scale"],
@@ -113,9 +116,9 @@ def test_cold_items_are_folded_in_and_the_space_stays_bit_for_bit(by_probability
     for name, vector in zip(space.user_ids, space.users, strict=True):
         assert users[name]["embedding"].tobytes() == vector.tobytes()
     assert list(items) == sorted([*space.item_ids, "new-0", "new-1"])
-    weights = [1.0, 0.3 / 0.4, 0.1 / 0.4] if by_probability else [1.0, 1.0, 1.0]
-    # The sampled users united with the real ones, which count 1 each.
-    expected = _reference(space, {"u0-0": weights[0], "u0-1": 1.0, "u0-2": weights[2], "u0-7": 1.0})
+    # The sampled users count as 15 interactions together (the setting's default); united with real ones, which count 1 each.
+    shares = [15 * 0.4 / 0.8, 15 * 0.3 / 0.8, 15 * 0.1 / 0.8] if by_probability else [1.0, 1.0, 1.0]
+    expected = _reference(space, {"u0-0": shares[0], "u0-1": 1.0, "u0-2": shares[2], "u0-7": 1.0})
     np.testing.assert_allclose(items["new-0"]["embedding"], expected, rtol=1e-5)
     assert (items["new-0"]["source"], items["new-0"]["interactions"]) == ("sampled", 2)
     assert (items["new-1"]["source"], items["new-1"]["interactions"]) == ("sampled", 0)
@@ -131,7 +134,7 @@ def test_refresh_users_cuts_what_is_used_not_what_is_published(tmp_path: Path) -
     _, tables, space = _night(run, blocks(), SAMPLED, cold=("new-0", "new-1"))
     assert tables["sampled_interactions"].num_rows == 6
     items = _by_id(tables["item_embeddings"])
-    np.testing.assert_allclose(items["new-1"]["embedding"], _reference(space, {"u1-5": 1.0}), rtol=1e-5)
+    np.testing.assert_allclose(items["new-1"]["embedding"], _reference(space, {"u1-5": 15.0}), rtol=1e-5)
 
 
 def test_the_next_night(tmp_path: Path) -> None:
@@ -170,9 +173,9 @@ def test_the_next_night(tmp_path: Path) -> None:
     assert items["fresh"]["updated_at"] == datetime(2026, 3, 2, tzinfo=UTC)
     assert not {"unknown"} & set(items)
     assert not {"u2-7", "alone"} & set(users)
-    # The deleted user is neither published nor used; the first of who is left counts 1.
+    # The deleted user is neither published nor used; those who are left share what an item's users count together.
     assert tables["sampled_interactions"]["user_id"].to_pylist() == ["u1-4", "u1-5"]
-    np.testing.assert_allclose(items["new-1"]["embedding"], _reference(space, {"u1-4": 1.0, "u1-5": 0.5}), rtol=1e-5)
+    np.testing.assert_allclose(items["new-1"]["embedding"], _reference(space, {"u1-4": 10.0, "u1-5": 5.0}), rtol=1e-5)
 
 
 def test_nothing_is_carried_over_from_another_space_or_a_later_night(tmp_path: Path) -> None:
@@ -200,7 +203,7 @@ def test_weights_of_real_pairs_are_the_space_s(tmp_path: Path) -> None:
     execute(first, "cf", cf.run)
     run = run_of(tmp_path, NEXT, 2, cf=settings)
     _, tables, space = _night(run, {**blocks(), ("u0-0", "new-0"): 5.0, ("u0-1", "new-0"): 1.0}, {})
-    expected = _reference(space, {"u0-0": np.log1p(5.0), "u0-1": np.log1p(1.0)})
+    expected = _reference(space, {"u0-0": 1.0, "u0-1": 1.0}, weights=[np.log1p(5.0), np.log1p(1.0)])
     np.testing.assert_allclose(_by_id(tables["item_embeddings"])["new-0"]["embedding"], expected, rtol=1e-5)
 
 

@@ -5,6 +5,7 @@ ridge as Spark's ALS has them: confidence 1 + alpha w, ridge times the row's num
 
     e = (Y'Y + alpha sum_u w_u y_u y_u' + regularization n I)^-1 sum_u (1 + alpha w_u) y_u
 
+A pair that is only probable may count as a part of one (`shares`): each of its terms, and its one in n, times that part.
 It is symmetric: give it item vectors, and it folds in users. In a space that ALS trained, a row's own pairs give back its
 trained vector. BPR and LightGCN minimise something else: there the same formula gives a direction of the space, and `scale`
 brings it to the length that the space's own vectors have (`norm_scale`).
@@ -48,6 +49,7 @@ def fold_in(
     regularization: float,
     scale: float = 1.0,
     gram_of_all: npt.NDArray[np.float64] | None = None,
+    shares: npt.NDArray[np.floating] | None = None,
 ) -> Matrix:
     """Fold in n rows, each given by its pairs in CSR form. A row's vector depends on its own pairs alone.
 
@@ -58,6 +60,7 @@ def fold_in(
         weights: [pairs], above 0.
         alpha, regularization: of the space (its facts hold them).
         scale: every result is multiplied by it.
+        shares: [pairs], above 0: as how many pairs each counts; 1 by default.
         gram_of_all: Y'Y if it is not that of `vectors` (such as when they hold rows that are folded in themselves).
 
     Returns:
@@ -70,6 +73,7 @@ def fold_in(
     n, width = len(indptr) - 1, vectors.shape[1]
     if len(indices) and (indices.min() < 0 or indices.max() >= len(vectors) or not (weights > 0).all()):
         raise ValueError(f"fold-in: indices must lie in 0 .. {len(vectors) - 1} and weights above 0")
+    shares = np.ones(len(indices)) if shares is None else shares
     base = torch.from_numpy(gram(vectors) if gram_of_all is None else gram_of_all)
     counts = np.diff(indptr)
     result = np.zeros((n, width), np.float32)
@@ -84,7 +88,7 @@ def fold_in(
         rows = rows[: max(1, int(fits.sum()))]
         start += len(rows)
         result[rows] = scale * _solve(
-            vectors, base, indptr[rows], counts[rows], indices, weights, alpha, regularization
+            vectors, base, indptr[rows], counts[rows], indices, weights, shares, alpha, regularization
         )
     return result
 
@@ -96,23 +100,27 @@ def _solve(
     counts: np.ndarray,
     indices: np.ndarray,
     weights: np.ndarray,
+    shares: np.ndarray,
     alpha: float,
     regularization: float,
 ) -> np.ndarray:
     """The solutions [b, d] float64 of rows that begin at `first` [b] and have `counts` [b] pairs."""
     width, longest = vectors.shape[1], int(counts.max())
-    ridge = torch.from_numpy(regularization * counts.astype(np.float64))
-    left = base + ridge[:, None, None] * torch.eye(width, dtype=torch.float64)
+    left = base.repeat(len(counts), 1, 1)
+    total = torch.zeros(len(counts), dtype=torch.float64)
     right = torch.zeros((len(counts), width), dtype=torch.float64)
     step = max(1, _BUDGET // (len(counts) * width))
     for begin in range(0, longest, step):  # more than one step only for a row that is longer than the budget
         offset = np.arange(begin, min(begin + step, longest))
         there = offset < counts[:, None]
         place = np.where(there, first[:, None] + offset, first[:, None])
-        confidence = torch.from_numpy(np.where(there, alpha * weights[place].astype(np.float64), 0.0))
+        share = torch.from_numpy(np.where(there, shares[place].astype(np.float64), 0.0))
+        confidence = share * torch.from_numpy(alpha * weights[place].astype(np.float64))
         y = torch.from_numpy(vectors[indices[place]].astype(np.float64))
         left += (y * confidence[:, :, None]).mT @ y
-        right += ((torch.from_numpy(there) + confidence)[:, None, :] @ y)[:, 0]
+        right += ((share + confidence)[:, None, :] @ y)[:, 0]
+        total += share.sum(1)
+    left += regularization * total[:, None, None] * torch.eye(width, dtype=torch.float64)
     factor, info = torch.linalg.cholesky_ex(left)
     if int(info.count_nonzero()):
         raise FoldInError(
