@@ -1,0 +1,68 @@
+"""Measure the project: `python -m jobs.benchmark <subject> [options]`; `<subject> --help` lists the options.
+
+A subject is a module of this package with `add_arguments(parser)` and `run(args) -> dict`; the dict is JSON-able, and its
+"tables" (see table.py) become Markdown. Progress and the tables go to stderr, <out>/<subject>.json and <out>/<subject>.md
+are written, and the last line on stdout is the whole result in JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from jobs import cli
+from jobs.benchmark.table import markdown
+from jobs.run import log
+from schemas.errors import ColdRefreshError
+
+SUBJECTS = {
+    "speed": "scoring, training step, encoding and text-to-judgment: time, peak memory, ratios",
+    "quality": "Recall and NDCG of every method on the papers' data sets, mean and spread over seeds",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status: 0, or 1 after an error that a person can act on."""
+    given = sys.argv[1:] if argv is None else argv
+    subjects = "\n".join(f"  {name:10} {text}" for name, text in SUBJECTS.items())
+    parser = cli.parser(f"{__doc__}\nsubjects:\n{subjects}")
+    parser.prog = "python -m jobs.benchmark"
+    parser.add_argument("subject", choices=SUBJECTS)
+    if not given or given[0] not in SUBJECTS:
+        parser.parse_args(given)  # prints help, or what is wrong, and exits
+    return cli.main(lambda: _measure(given[0], given[1:]))
+
+
+def _measure(subject: str, argv: list[str]) -> dict[str, Any]:
+    module = _load(subject)
+    parser = cli.parser(module.__doc__)
+    parser.prog = f"python -m jobs.benchmark {subject}"
+    parser.add_argument("--out", default=".cache/benchmark", help="folder of the results (default: %(default)s)")
+    module.add_arguments(parser)
+    args: argparse.Namespace = parser.parse_args(argv)
+    result: dict[str, Any] = module.run(args)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    text = markdown(result.get("tables", []))
+    (out / f"{subject}.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
+    (out / f"{subject}.md").write_text(text)
+    log(text)
+    log(f"written to {out / subject}.json and .md")
+    return result
+
+
+def _load(subject: str) -> ModuleType:
+    name = f"jobs.benchmark.{subject}"
+    if find_spec(name) is None:
+        raise ColdRefreshError(f"there is no module {name}: this version cannot measure {subject!r}")
+    return import_module(name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
