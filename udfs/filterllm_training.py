@@ -1,31 +1,38 @@
 """Training FilterLLM (arXiv 2502.16924, section 3.3): L = L_D + lambda * L_B by AdamW, cosine with warm-up, early stopping.
 
-The validation items are warm items that training does not see, chosen by a hash of (seed, item_id): so the choice does not
-depend on the order or number of the others. The epoch with the lowest loss L_D on them is kept, and the scale of the
-logits (a temperature, Guo et al. 2017, "On Calibration of Modern Neural Networks") is fitted on them.
+The epoch that does best on warm items which training does not see is kept, and the scale of the logits is fitted on them
+(udfs/filterllm_validation.py). Training saves its state every epoch and goes on from it; several processes train one model
+by parts of each batch. What is drawn at random in an epoch depends on (seed, epoch, process) only.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
 from torch import nn
 
+from udfs import sampled_softmax
 from udfs.distribution_loss import guiding_loss, loss
-from udfs.filterllm import FilterLLM
+from udfs.filterllm import FilterLLM, FilterLLMError
+from udfs.filterllm_checkpoint import Checkpoints, restore, state
+from udfs.filterllm_items import FrozenTexts, Items, at_most, held_out
+from udfs.filterllm_validation import Validation, calibrate, measure, validation
+from udfs.row_adamw import RowAdamW
+from udfs.sampled_softmax import Proposal
+from udfs.worker_group import Group
+
+__all__ = ["FrozenTexts", "Items", "Options", "at_most", "held_out", "initialise", "train"]
 
 # The paper's share of steps over which the learning rate rises.
 _WARM_UP = 0.05
-# More held-out items than this tell no more about when to stop, and cost a pass over all users each.
-_VALIDATION_ITEMS = 4096
 
 
 @dataclass(frozen=True)
@@ -42,67 +49,11 @@ class Options:
     patience: int
     vocabulary_chunk: int
     seed: int
-
-
-@dataclass(frozen=True)
-class Items:
-    """Warm items to train on, n of them, numbered as the hidden states are.
-
-    item_ids: n ids. embeddings [n, dimension] float32: their CF vectors. indptr [n + 1], users [indptr[-1]] int64: item i's
-    users are users[indptr[i]:indptr[i + 1]], each once, as rows of the vocabulary.
-    """
-
-    item_ids: list[str]
-    embeddings: np.ndarray
-    indptr: np.ndarray
-    users: np.ndarray
-
-    def targets(self, index: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """indptr and users of the items `index`."""
-        counts = np.diff(self.indptr)[index]
-        indptr = np.concatenate([[0], np.cumsum(counts)])
-        flat = np.repeat(self.indptr[:-1][index] - indptr[:-1], counts) + np.arange(indptr[-1])
-        return torch.from_numpy(indptr).to(device), torch.from_numpy(self.users[flat]).to(device)
-
-
-class FrozenTexts(nn.Module):
-    """Hidden states [n, width] that the language model gave once; training does not change them."""
-
-    def __init__(self, hidden: np.ndarray) -> None:
-        super().__init__()
-        self.register_buffer("hidden", torch.from_numpy(np.array(hidden, np.float32)), persistent=False)
-
-    def forward(self, index: np.ndarray) -> torch.Tensor:
-        return self.hidden[torch.from_numpy(index).to(self.hidden.device)]
-
-
-def _hash(seed: int, item_id: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}:{item_id}".encode()).digest()[:8], "big")
-
-
-def held_out(item_ids: list[str], share: float, seed: int) -> np.ndarray:
-    """[n] bool: the items whose hash falls into the first `share`; one at least, unless there is only one item."""
-    hashes = np.array([_hash(seed, item_id) for item_id in item_ids], dtype=np.uint64)
-    chosen = hashes < np.uint64(int(share * 2**64))
-    if len(item_ids) > 1 and not chosen.any():
-        chosen[hashes.argmin()] = True
-    if len(item_ids) > 0 and chosen.all():
-        chosen[hashes.argmax()] = False
-    return chosen
-
-
-def at_most(items: Items, max_users: int, seed: int) -> Items:
-    """`items` with at most `max_users` users each; which ones depends on (seed, item_id) only."""
-    kept, counts = [], []
-    for number, item_id in enumerate(items.item_ids):
-        users = items.users[items.indptr[number] : items.indptr[number + 1]]
-        if len(users) > max_users:
-            generator = np.random.Generator(np.random.Philox(key=_hash(seed, item_id)))
-            users = np.sort(generator.choice(np.sort(users), max_users, replace=False))
-        kept.append(users)
-        counts.append(len(users))
-    indptr = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-    return Items(items.item_ids, items.embeddings, indptr, np.concatenate(kept))
+    lora_learning_rate: float = 1e-4
+    softmax: Literal["full", "sampled"] = "full"
+    samples: int = 8192
+    proposal: Literal["uniform", "popularity"] = "uniform"
+    stop_by: Literal["nll", "ndcg"] = "nll"
 
 
 def initialise(
@@ -131,118 +82,235 @@ def initialise(
 
 
 def train(
-    model: FilterLLM, texts: nn.Module, items: Items, options: Options, log: Callable[[str], None]
+    model: FilterLLM,
+    texts: nn.Module,
+    items: Items,
+    options: Options,
+    log: Callable[[str], None],
+    *,
+    checkpoints: Checkpoints | None = None,
+    group: Group | None = None,
 ) -> dict[str, Any]:
     """Train `model` (and `texts`, as far as it has trainable parameters) in place; the best epoch is restored, the scale fitted.
 
     Args:
-        texts: called with item numbers [B] (numpy int64), gives hidden states [B, width] on the model's device.
+        texts: called with item numbers [B] (numpy int64), gives hidden states [B, width] on the model's device. With an
+            attribute `lengths` [n] (tokens of each text) tokens/s are logged.
+        log: called with a line an epoch, of the first process only.
+        checkpoints: where the state is saved every epoch. If this training's state is there already, training goes on
+            behind it, and ends with the model that an undisturbed one ends with, bit for bit (on the same machine).
+        group: this process among those that train together, all with the same arguments; alone by default. Without
+            dropout and noise the result depends on their number by rounding only.
 
     Returns:
-        Facts: items, validation_items, epochs (run), best_epoch (1..), validation_nll (nats, before the scale),
-        calibrated_nll, scale, history (a dict an epoch). Without validation items (one item in all) the last epoch is kept
-        and both losses are None.
+        Facts: items, validation_items, epochs (run), best_epoch (1..), validation_nll (nats, before the scale) and
+        validation_ndcg (of the epoch that is kept; udfs.filterllm_validation.Quality), calibrated_nll, scale, history (a
+        dict an epoch: losses, learning rate, validation). Without validation items (one item in all) the last epoch is
+        kept, and what is measured on them is None.
+
+    Raises:
+        CheckpointError: what is saved there is another training's, or unreadable.
+        FilterLLMError: the loss is no longer a number.
     """
     with torch.random.fork_rng():
-        torch.manual_seed(options.seed)
-        return _train(model, texts, at_most(items, options.max_users, options.seed), options, log)
+        training = _Training(model, texts, at_most(items, options.max_users, options.seed), options, group or Group())
+        return training.run(log if training.group.rank == 0 else lambda line: None, checkpoints)
 
 
-def _train(
-    model: FilterLLM, texts: nn.Module, items: Items, options: Options, log: Callable[[str], None]
-) -> dict[str, Any]:
-    device = model.vocabulary.device
-    held = held_out(items.item_ids, options.validation_share, options.seed)
-    training, validation = np.flatnonzero(~held), np.flatnonzero(held)[:_VALIDATION_ITEMS]
-    embeddings = torch.from_numpy(np.array(items.embeddings, np.float32)).to(device)
-    trainable = [p for module in (model, texts) for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=options.learning_rate, weight_decay=options.weight_decay)
-    steps = math.ceil(len(training) / options.batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(options.epochs * steps))
-    history: list[dict[str, Any]] = []
-    best: float | None = None
-    best_epoch, best_state = 0, [p.detach().clone() for p in trainable]
-    for epoch in range(1, options.epochs + 1):
-        model.train()
-        texts.train()
-        order = np.random.Generator(np.random.Philox(key=[options.seed, epoch])).permutation(training)
-        total, rate, begun = 0.0, optimizer.param_groups[0]["lr"], time.perf_counter()
-        for start in range(0, len(order), options.batch_size):
-            batch = order[start : start + options.batch_size]
-            mapped = model(texts(batch))
-            indptr, users = items.targets(batch, device)
-            distribution = loss(
-                mapped, model.vocabulary, indptr, users, model.bias, chunk=options.vocabulary_chunk
-            ).mean()
-            objective = distribution + options.guiding * guiding_loss(mapped, embeddings[batch])
-            optimizer.zero_grad(set_to_none=True)
-            objective.backward()
-            optimizer.step()
-            schedule.step()
-            total += float(objective.detach()) * len(batch)
-        seconds = time.perf_counter() - begun
-        nll = validation_nll(model, texts, items, validation, options) if len(validation) else None
-        history.append({"epoch": epoch, "loss": total / len(training), "learning_rate": rate, "validation_nll": nll})
-        log(
-            f"epoch {epoch}/{options.epochs}: loss {total / len(training):.4f}, lr {rate:.2e}, "
-            f"{len(training) / seconds:.0f} items/s, validation nll {'none' if nll is None else f'{nll:.4f}'}"
+class _Training:
+    """One call of `train`."""
+
+    def __init__(self, model: FilterLLM, texts: nn.Module, items: Items, options: Options, group: Group) -> None:
+        self.model, self.texts, self.items, self.options, self.group = model, texts, items, options, group
+        self.device = model.vocabulary.device
+        held = held_out(items.item_ids, options.validation_share, options.seed)
+        self.index = np.flatnonzero(~held)
+        self.embeddings = torch.from_numpy(np.array(items.embeddings, np.float32)).to(self.device)
+        self.named = {
+            f"{part}.{name}": parameter
+            for part, module in (("model", model), ("texts", texts))
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+        self.optimizers = _optimizers(self.named, options)
+        self.steps = math.ceil(len(self.index) / options.batch_size)
+        self.data: Validation | None = None
+        if held.any():
+            self.data = validation(
+                items,
+                held,
+                seed=options.seed,
+                batch_size=options.batch_size,
+                chunk=options.vocabulary_chunk,
+                group=group,
+            )
+        self.proposal: Proposal | None = None
+        if options.softmax == "sampled":
+            self.proposal = Proposal(options.proposal, np.bincount(items.users, minlength=model.config.users))
+
+    def run(self, log: Callable[[str], None], checkpoints: Checkpoints | None) -> dict[str, Any]:
+        options, data = self.options, self.data
+        history: list[dict[str, Any]] = []
+        best_epoch, best = 0, [p.detach().clone() for p in self.named.values()]
+        saved = checkpoints.load(self._identity()) if checkpoints else None
+        if saved:
+            tensors, facts = saved
+            history, best_epoch = facts["history"], facts["best_epoch"]
+            best = restore(tensors, self.named, self.optimizers)
+            log(f"goes on behind epoch {len(history)}, which was saved")
+        for epoch in range(len(history) + 1, options.epochs + 1):
+            if len(history) - best_epoch >= options.patience:
+                log(f"no better for {options.patience} epochs: stopped; epoch {best_epoch} is kept")
+                break
+            begun = time.perf_counter()
+            found = self._epoch(epoch)
+            seconds = time.perf_counter() - begun
+            if not math.isfinite(found["loss"]):
+                raise FilterLLMError(
+                    f"training diverged: the loss of epoch {epoch} is {found['loss']}; lower filterllm.learning_rate "
+                    f"({options.learning_rate:g}) or filterllm.lora_learning_rate ({options.lora_learning_rate:g})"
+                )
+            quality = measure(self.model, self.texts, data) if data else None
+            history.append(
+                {
+                    "epoch": epoch,
+                    **found,
+                    "validation_nll": quality.nll if quality else None,
+                    "validation_ndcg": quality.ndcg if quality else None,
+                }
+            )
+            log(self._line(history[-1], seconds))
+            if self._better(history, best_epoch):
+                best_epoch, best = epoch, [p.detach().clone() for p in self.named.values()]
+            if checkpoints and self.group.rank == 0:
+                tensors = state(self.named, self.optimizers, best if best_epoch < epoch else None)
+                facts = {"training": self._identity(), "history": history, "best_epoch": best_epoch}
+                checkpoints.save(tensors, facts)
+        with torch.no_grad():
+            for parameter, value in zip(self.named.values(), best, strict=True):
+                parameter.copy_(value)
+        self.model.eval()
+        self.texts.eval()
+        calibrated = calibrate(self.model, self.texts, data) if data else None
+        return {
+            "items": len(self.index),
+            "validation_items": len(data.index) if data else 0,
+            "epochs": len(history),
+            "best_epoch": best_epoch,
+            "validation_nll": history[best_epoch - 1]["validation_nll"],
+            "validation_ndcg": history[best_epoch - 1]["validation_ndcg"],
+            "calibrated_nll": calibrated,
+            "scale": float(self.model.scale),
+            "history": history,
+        }
+
+    def _epoch(self, epoch: int) -> dict[str, float]:
+        """Train an epoch; its mean loss and the two parts of it, and the learning rate it began with."""
+        options, group = self.options, self.group
+        torch.manual_seed(_seed(options.seed, epoch, group.rank))
+        self.model.train()
+        self.texts.train()
+        order = np.random.Generator(np.random.Philox(key=[options.seed, epoch])).permutation(self.index)
+        first_rate, totals = 0.0, torch.zeros(2, dtype=torch.float64, device=self.device)
+        for step in range(self.steps):
+            batch = order[step * options.batch_size : (step + 1) * options.batch_size]
+            part = group.part(batch)
+            rate = self._set_rate((epoch - 1) * self.steps + step)
+            first_rate = rate if step == 0 else first_rate
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            if len(part):
+                distribution, guiding = self._losses(batch, part, epoch, step)
+                objective = distribution + options.guiding * guiding
+                # Each process has the mean over its part; their sum is to be the mean over the batch.
+                (objective * (len(part) / len(batch)) if group.size > 1 else objective).backward()
+                totals += torch.stack([distribution.detach(), guiding.detach()]) * len(part)
+            group.add_gradients(self.named.values())
+            for optimizer in self.optimizers:
+                optimizer.step()
+        distribution, guiding = (group.add(totals) / len(self.index)).tolist()
+        whole = distribution + options.guiding * guiding
+        return {"loss": whole, "distribution": distribution, "guiding": guiding, "learning_rate": first_rate}
+
+    def _losses(self, batch: np.ndarray, part: np.ndarray, epoch: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Means over `part`, this process's of the items `batch`: distribution loss and guiding loss."""
+        model, options = self.model, self.options
+        mapped = model(self.texts(part))
+        indptr, users = self.items.targets(part, self.device)
+        guiding = guiding_loss(mapped, self.embeddings[part])
+        if self.proposal is None:
+            chunk = options.vocabulary_chunk
+            return loss(mapped, model.vocabulary, indptr, users, model.bias, chunk=chunk).mean(), guiding
+        drawn = self.proposal.draw(options.samples, options.seed, epoch, step, self.device)
+        if self.group.size > 1:
+            drawn = drawn.including(self.items.targets(batch, self.device)[1])
+        sampled = sampled_softmax.loss(
+            mapped, model.vocabulary, indptr, users, model.bias, drawn=drawn, chunk=options.vocabulary_chunk
         )
-        if nll is None or best is None or nll < best:
-            best, best_epoch, best_state = nll, epoch, [p.detach().clone() for p in trainable]
-        elif epoch - best_epoch >= options.patience:
-            log(f"no better for {options.patience} epochs: stopped; epoch {best_epoch} is kept")
-            break
-    with torch.no_grad():
-        for parameter, value in zip(trainable, best_state, strict=True):
-            parameter.copy_(value)
-    model.eval()
-    texts.eval()
-    calibrated = calibrate(model, texts, items, validation, options) if len(validation) else None
-    return {
-        "items": len(training),
-        "validation_items": len(validation),
-        "epochs": len(history),
-        "best_epoch": best_epoch,
-        "validation_nll": best,
-        "calibrated_nll": calibrated,
-        "scale": float(model.scale),
-        "history": history,
-    }
+        return sampled.mean(), guiding
+
+    def _set_rate(self, step: int) -> float:
+        """Set the learning rates of this step, counted from 0 over all epochs; returns the mapper's."""
+        factor = _cosine(step, self.options.epochs * self.steps)
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["lr"] = group["peak"] * factor
+        return self.options.learning_rate * factor
+
+    def _better(self, history: list[dict[str, Any]], best_epoch: int) -> bool:
+        if best_epoch == 0 or self.data is None:
+            return True
+        new, best = history[-1], history[best_epoch - 1]
+        if self.options.stop_by == "ndcg":
+            return new["validation_ndcg"] > best["validation_ndcg"]
+        return new["validation_nll"] < best["validation_nll"]
+
+    def _line(self, found: dict[str, Any], seconds: float) -> str:
+        parts = [
+            f"epoch {found['epoch']}/{self.options.epochs}: loss {found['loss']:.4f} "
+            f"(distribution {found['distribution']:.4f}, guiding {found['guiding']:.4f})",
+            f"lr {found['learning_rate']:.2e}",
+            f"{len(self.index) / seconds:.0f} items/s",
+        ]
+        lengths = getattr(self.texts, "lengths", None)
+        if lengths is not None:
+            parts.append(f"{lengths[self.index].sum() / seconds:.0f} tokens/s")
+        if self.data:
+            parts.append(f"validation nll {found['validation_nll']:.4f}, ndcg@20 {found['validation_ndcg']:.4f}")
+        return ", ".join(parts)
+
+    def _identity(self) -> str:
+        """Hash of what the training is made from: options, model, items, and what is trained."""
+        digest = hashlib.sha256()
+        shapes = {name: list(parameter.shape) for name, parameter in self.named.items()}
+        facts = [asdict(self.options), asdict(self.model.config), shapes, self.items.item_ids]
+        digest.update(json.dumps(facts, sort_keys=True).encode())
+        for array in (self.items.indptr, self.items.users, self.items.embeddings):
+            digest.update(np.ascontiguousarray(array))
+        return digest.hexdigest()
 
 
-def _cosine(steps: int) -> Callable[[int], float]:
+def _optimizers(named: dict[str, nn.Parameter], options: Options) -> list[torch.optim.Optimizer]:
+    """AdamW, with LoRA's own learning rate; with a sampled softmax the vocabulary and bias apart, whose gradients are rows."""
+    rows = ("model.vocabulary", "model.bias") if options.softmax == "sampled" else ()
+    own = {"lr": options.learning_rate, "peak": options.learning_rate}
+    of_texts = {"lr": options.lora_learning_rate, "peak": options.lora_learning_rate}
+    groups = [
+        {"params": [p for name, p in named.items() if name.startswith("model.") and name not in rows], **own},
+        {"params": [p for name, p in named.items() if name.startswith("texts.")], **of_texts},
+    ]
+    decay = options.weight_decay
+    found: list[torch.optim.Optimizer] = [torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=decay)]
+    if rows:
+        found.append(
+            RowAdamW([{"params": [named[name] for name in rows if name in named], **own}], lr=0.0, weight_decay=decay)
+        )
+    return found
+
+
+def _cosine(step: int, steps: int) -> float:
     rise = max(1, round(_WARM_UP * steps))
-    return lambda step: min((step + 1) / rise, 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+    return min((step + 1) / rise, 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
 
 
-@torch.no_grad()
-def _mapped(model: FilterLLM, texts: nn.Module, index: np.ndarray, batch_size: int) -> torch.Tensor:
-    model.eval()
-    texts.eval()
-    return torch.cat([model(texts(index[start : start + batch_size])) for start in range(0, len(index), batch_size)])
-
-
-@torch.no_grad()
-def _nll(model: FilterLLM, mapped: torch.Tensor, targets: tuple[torch.Tensor, torch.Tensor], chunk: int) -> float:
-    bias = None if model.bias is None else model.bias * model.scale
-    return float(loss(mapped * model.scale, model.vocabulary, *targets, bias, chunk=chunk).double().mean())
-
-
-def validation_nll(model: FilterLLM, texts: nn.Module, items: Items, index: np.ndarray, options: Options) -> float:
-    """Mean distribution loss L_D of the items `index`, in nats, at the model's scale."""
-    mapped = _mapped(model, texts, index, options.batch_size)
-    return _nll(model, mapped, items.targets(index, mapped.device), options.vocabulary_chunk)
-
-
-def calibrate(model: FilterLLM, texts: nn.Module, items: Items, index: np.ndarray, options: Options) -> float:
-    """Fit model.scale, within 1/16 .. 16, to the lowest mean L_D of the items `index`; returns that loss."""
-    mapped = _mapped(model, texts, index, options.batch_size)
-    targets = items.targets(index, mapped.device)
-
-    def at(log_scale: float) -> float:
-        model.scale.fill_(math.exp(log_scale))
-        return _nll(model, mapped, targets, options.vocabulary_chunk)
-
-    limit = math.log(16)
-    found = minimize_scalar(at, bounds=(-limit, limit), method="bounded", options={"xatol": 1e-3})
-    return at(float(found.x))
+def _seed(seed: int, epoch: int, rank: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{epoch}:{rank}".encode()).digest()[:8], "big") >> 1
