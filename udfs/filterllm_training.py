@@ -285,7 +285,7 @@ class _Training:
         facts = [asdict(self.options), asdict(self.model.config), shapes, self.items.item_ids]
         digest.update(json.dumps(facts, sort_keys=True).encode())
         for array in (self.items.indptr, self.items.users, self.items.embeddings):
-            digest.update(np.ascontiguousarray(array))
+            digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
 
