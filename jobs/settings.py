@@ -97,15 +97,24 @@ class FilterLLM(_Section):
     noise: float = Field(0.0, ge=0, description="train-time Gaussian noise on the hidden state (mlp mapper)")
     user_init: Literal["cf", "random"] = "cf"
     user_bias: bool = True
+    vocabulary: Literal["cf", "llm"] = Field(
+        "cf", description="the users' vectors are as wide as CF's, or (the paper's way) as the language model's"
+    )
+    softmax: Literal["full", "sampled"] = Field("full", description="sampled: for users too many to go through a step")
+    samples: int = Field(8192, ge=1, description="sampled softmax: users drawn a step")
+    proposal: Literal["uniform", "popularity"] = Field("uniform", description="sampled softmax: how they are drawn")
     lora: bool = Field(
         False, description="train LoRA adapters in the LLM too; otherwise it is frozen and read from the cache"
     )
     lora_rank: int = Field(8, ge=1)
     lora_alpha: int = Field(32, ge=1)
     lora_dropout: float = Field(0.1, ge=0, lt=1)
+    lora_learning_rate: float = Field(1e-4, gt=0, description="of the adapters; the paper's")
+    lora_targets: Literal["attention", "all_linear"] = Field("attention", description="attention: query and value")
     max_users: int = Field(1000, ge=1, description="training users an item, at most")
     validation_share: float = Field(0.05, gt=0, lt=1, description="warm items held out to stop early and to calibrate")
     patience: int = Field(4, ge=1)
+    stop_by: Literal["nll", "ndcg"] = Field("nll", description="which epoch is best, on the items held out")
     vocabulary_chunk: int = Field(65536, ge=1, description="users whose logits exist at a time")
     retrain_days: int = Field(8, ge=1)
 
@@ -158,6 +167,9 @@ class RayCluster(_Section):
     actors: int = Field(1, ge=1)
     cpus_per_actor: float = Field(1.0, gt=0)
     gpus_per_actor: float = Field(0.0, ge=0)
+    training_workers: int = Field(
+        0, ge=0, description="Ray Train's workers that train FilterLLM; 0: it is trained in the driver's process"
+    )
 
 
 class Spark(_Section):

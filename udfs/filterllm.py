@@ -1,8 +1,9 @@
 """FilterLLM (arXiv 2502.16924): an item's text to a distribution over all users, p(u | c) = softmax_u(s * (g . z_u + b_u)).
 
 g is the mapped hidden state of the language model, z_u a row of the user vocabulary, b_u an optional bias, and s a scale that
-calibrates p on warm items that training did not see. The space is as narrow as the CF embeddings that the vocabulary starts
-from, so that a vocabulary of millions of users fits.
+calibrates p on warm items that training did not see. By default the space is as narrow as the CF embeddings that the
+vocabulary starts from, so that a vocabulary of millions of users fits; in the paper it is as wide as the hidden state
+(`widened` carries CF embeddings there).
 """
 
 from __future__ import annotations
@@ -95,6 +96,24 @@ class FilterLLM(nn.Module):
         """The user vocabulary [users, dimension] and s * bias [users] (None without a bias), float32."""
         bias = None if self.bias is None else (self.bias.detach() * self.scale).cpu().numpy()
         return self.vocabulary.detach().cpu().numpy(), bias
+
+
+def widened(vectors: np.ndarray, width: int, seed: int) -> np.ndarray:
+    """[n, width] float32: `vectors` [n, d] times a matrix [d, width] with orthonormal rows, drawn from `seed`.
+
+    Inner products are kept, so CF's users and items, carried by the same seed, fit each other as before.
+
+    Raises:
+        FilterLLMError: d is more than `width`.
+    """
+    dimension = vectors.shape[1]
+    if dimension > width:
+        raise FilterLLMError(
+            f"vectors of {dimension} dimensions cannot be carried into a language model's {width} without loss: "
+            "lower cf.dimension, or set filterllm.vocabulary: cf"
+        )
+    normal = np.random.Generator(np.random.Philox(key=[seed, 0])).normal(size=(width, dimension))
+    return (vectors @ np.linalg.qr(normal)[0].T).astype(np.float32)
 
 
 def dump(model: FilterLLM) -> dict[str, bytes]:

@@ -1,14 +1,15 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685) in the language model, trained jointly with FilterLLM's mapper and vocabulary.
 
-Adapters sit on the query and value projections of attention, as in FilterLLM (arXiv 2502.16924, settings). After training
-they are saved as safetensors and, to encode, merged into the weights.
+Adapters sit on the query and value projections of attention, as in FilterLLM (arXiv 2502.16924, settings), or on every
+linear layer. After training they are saved as safetensors and, to encode, merged into the weights. On a GPU the language
+model, and nothing else of the training, computes in bfloat16.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import safetensors.torch
@@ -17,7 +18,7 @@ from torch import nn
 
 from schemas.errors import ColdRefreshError
 from udfs.encoder_actor import EncoderSpec
-from udfs.text_encoder import TextEncoder
+from udfs.text_encoder import TextEncoder, batches
 
 # How model families call the two projections: LLaMA and its kin, BERT and its kin, MPNet.
 _PROJECTIONS = (("q_proj", "v_proj"), ("query", "value"), ("q", "v"))
@@ -28,38 +29,72 @@ class LoraError(ColdRefreshError):
     """Adapters cannot be put into this model, or saved ones do not fit it: the message says which."""
 
 
-def attach(encoder: TextEncoder, *, rank: int, alpha: int, dropout: float, seed: int) -> None:
+Targets = Literal["attention", "all_linear"]
+
+
+def attach(
+    encoder: TextEncoder, *, rank: int, alpha: int, dropout: float, seed: int, targets: Targets = "attention"
+) -> None:
     """Put adapters into `encoder.model`, in place; they alone are trainable, and change nothing until trained.
 
+    Args:
+        targets: attention: the query and value projections; all_linear: every linear layer that the vectors go through.
+
     Raises:
-        LoraError: the model has no attention projections that are known here.
+        LoraError: the model has no such layers that are known here.
     """
+    _attach(encoder, _layers(encoder, targets), rank=rank, alpha=alpha, dropout=dropout, seed=seed)
+
+
+def _attach(encoder: TextEncoder, layers: list[str], *, rank: int, alpha: int, dropout: float, seed: int) -> None:
     from peft import LoraConfig, get_peft_model
 
-    names = {name.rsplit(".", 1)[-1] for name, _ in encoder.model.named_modules()}
-    targets = next((pair for pair in _PROJECTIONS if names >= set(pair)), None)
-    if targets is None:
-        raise LoraError(
-            f"LoRA needs attention projections called one of {_PROJECTIONS}; a {encoder.recipe.model_type} model has "
-            "none of them. Set filterllm.lora: false"
-        )
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets))
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=layers)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         encoder.model = get_peft_model(encoder.model, config).to(encoder.device)
 
 
+def _layers(encoder: TextEncoder, targets: Targets) -> list[str]:
+    """Names of the layers that get adapters, as peft takes them."""
+    kind = encoder.recipe.model_type
+    if targets == "all_linear":
+        # The pooler, where there is one, comes behind the hidden states that are read here.
+        linear = [n for n, m in encoder.model.named_modules() if isinstance(m, nn.Linear) and "pooler" not in n]
+        if not linear:
+            raise LoraError(f"a {kind} model has no linear layers that LoRA can adapt. Set filterllm.lora: false")
+        return linear
+    names = {name.rsplit(".", 1)[-1] for name, _ in encoder.model.named_modules()}
+    found = next((pair for pair in _PROJECTIONS if names >= set(pair)), None)
+    if found is None:
+        raise LoraError(
+            f"LoRA needs attention projections called one of {_PROJECTIONS}; a {kind} model has none of them. "
+            "Set filterllm.lora_targets: all_linear, or filterllm.lora: false"
+        )
+    return list(found)
+
+
 class LoraTexts(nn.Module):
-    """Hidden states of texts under an encoder with adapters (`attach`): for `udfs.filterllm_training.train`."""
+    """Hidden states of texts under an encoder with adapters (`attach`): for `udfs.filterllm_training.train`.
+
+    lengths: [n] int64, tokens of each text.
+    """
 
     def __init__(self, encoder: TextEncoder, texts: Sequence[str]) -> None:
         super().__init__()
         self.model = encoder.model
         self._encoder, self._texts = encoder, encoder.tokens(texts)
+        self.lengths = np.array([len(tokens) for tokens in self._texts], np.int64)
 
     def forward(self, index: np.ndarray) -> torch.Tensor:
-        """[B, width] float32 of the texts numbered `index`."""
-        return self._encoder.forward([self._texts[number] for number in index])
+        """[B, width] float32 of the texts numbered `index`; texts of similar length go through the model together."""
+        order, found = [], []
+        with torch.autocast("cuda", torch.bfloat16, enabled=torch.device(self._encoder.device).type == "cuda"):
+            for rows in batches(self.lengths[index].tolist(), self._encoder.batch_tokens):
+                order += rows
+                found.append(self._encoder.forward([self._texts[index[row]] for row in rows]))
+        # Each row's place among what was computed.
+        return torch.cat(found)[torch.from_numpy(np.argsort(order)).to(found[0].device)]
 
 
 def dump(encoder: TextEncoder) -> dict[str, bytes]:
@@ -68,7 +103,8 @@ def dump(encoder: TextEncoder) -> dict[str, bytes]:
 
     tensors = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(encoder.model).items()}
     config = encoder.model.peft_config["default"]
-    body = json.dumps({"rank": config.r, "alpha": config.lora_alpha}, indent=1)
+    facts = {"rank": config.r, "alpha": config.lora_alpha, "layers": sorted(config.target_modules)}
+    body = json.dumps(facts, indent=1)
     return {_WEIGHTS: safetensors.torch.save(tensors), _CONFIG: body.encode()}
 
 
@@ -83,7 +119,8 @@ def merge(encoder: TextEncoder, files: dict[str, bytes]) -> None:
     try:
         config: dict[str, Any] = json.loads(files[_CONFIG])
         tensors = safetensors.torch.load(files[_WEIGHTS])
-        attach(encoder, rank=config["rank"], alpha=config["alpha"], dropout=0.0, seed=0)
+        layers = config.get("layers") or _layers(encoder, "attention")
+        _attach(encoder, layers, rank=config["rank"], alpha=config["alpha"], dropout=0.0, seed=0)
     except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise LoraError(f"saved adapters cannot be read: {error}; remove the model's folder and train again") from error
     expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(encoder.model).items()}
