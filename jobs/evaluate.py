@@ -1,4 +1,4 @@
-"""Recall, NDCG and hit rate at K of what a run published, beside the floors.
+"""Recall, NDCG and hit rate at K of what a run published, beside the floors; how well p(user | item) is calibrated.
 
     python -m jobs.evaluate --conf conf/demo.yaml --run-date 2017-11-01
 
@@ -28,9 +28,16 @@ from jobs.truth import Catalog, Truth
 from schemas.errors import ColdRefreshError
 from schemas.table import table as schema
 from udfs import floors
+from udfs.fold_in import to_csr
 from udfs.ranking_metrics import Scorer, Task, bootstrap, per_user
+from udfs.reliability import Reliability, reliability
 from udfs.scorers import distribution_scorer, dot_scorer
 from udfs.vectors import Matrix, from_column
+
+#: In `metrics`, the split under which the reliability curve stands: mean p and mean q of each bin, and their error.
+RELIABILITY = "reliability"
+# Pairs (cold item, user) that the curve is made of, at most.
+_PAIRS = 500_000_000
 
 #: The order in which systems are shown: ours, then the floors.
 SYSTEMS = ("published", "distribution", "text_knn", "popularity", "random")
@@ -40,8 +47,9 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
     """Commits the run's `metrics`, or says why there are none; never fails for want of truth.
 
     Returns:
-        truth (what was compared with), metrics (how many rows), summary ({split: {system: {metric: value}}}), note if
-        nothing was measured, output_versions if something was.
+        truth (what was compared with), metrics (how many rows), summary ({split: {system: {metric: value}}}),
+        calibration_error if p(user | item) could be compared with cold items' users, note if nothing was measured,
+        output_versions if something was.
     """
     catalog = truth.catalog(run)
     return _evaluate(run, catalog, truth.read(run, catalog), f"metrics/{run.run_id}", 0)
@@ -54,6 +62,10 @@ def _evaluate(run: Run, catalog: Catalog, found: Truth, app: str, sequence: int)
         return {**facts, "note": found.facts["note"]}
     rows = measure(run, catalog, found)
     for row in rows:
+        if row["split"] == RELIABILITY:
+            if row["metric"] == "calibration_error":
+                facts["calibration_error"] = round(row["value"], 4)
+            continue
         systems = facts["summary"].setdefault(row["split"], {})
         systems.setdefault(row["system"], {})[row["metric"]] = round(row["value"], 4)
     table = pa.Table.from_pylist(rows, schema("metrics").arrow_schema)
@@ -93,7 +105,18 @@ def measure(run: Run, catalog: Catalog, found: Truth) -> list[dict[str, Any]]:
                 )
             first = f"ndcg@{settings.k[0]}"
             log(f"[evaluate] {split:8} {system:13} {first} {values[first].mean():.4f} ({len(task.users)} users)")
-    return rows
+    curve = systems.reliability(found.tasks["cold"]) if "cold" in found.tasks else None
+    return rows + (_curve_rows(run, curve) if curve is not None and curve.items else [])
+
+
+def _curve_rows(run: Run, curve: Reliability) -> list[dict[str, Any]]:
+    """The curve as rows of schemas/metrics.yaml: p@bin and q@bin, n the bin's pairs; calibration_error, n the items."""
+    log(f"[evaluate] p(user | item) of {curve.items} cold items: calibration error {curve.calibration_error:.4f}")
+    same = {"refresh_date": run.run_date, "run_id": run.run_id, "split": RELIABILITY, "system": "distribution"}
+    values = [("calibration_error", curve.calibration_error, curve.items)]
+    for number, pairs, p, q in curve.points:
+        values += [(f"p@{number}", p, pairs), (f"q@{number}", q, pairs)]
+    return [{**same, "metric": name, "value": value, "n": n, "low": None, "high": None} for name, value, n in values]
 
 
 class _Systems:
@@ -118,6 +141,7 @@ class _Systems:
                 f"{self.items.shape[1]}; they are not of one space"
             )
         self.texts = floors.tfidf(catalog.texts)
+        self._cold: tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray] | None = None
         seed = run.settings.seed
         self.user_hashes = floors.id_hashes(catalog.user_ids, seed)
         self.item_hashes = floors.id_hashes(catalog.item_ids, seed + 1)
@@ -149,14 +173,31 @@ class _Systems:
         if shas:
             hidden = text_embeddings.load(self.run, shas, trained["encoder_version"])
             queries[with_text] = model.queries(hidden)
+        keys = np.where(known[:, None], keys[at], 0)
+        bias = None if bias is None else np.where(known, bias[at], 0)
+        self._cold = queries, keys, bias, known
         return distribution_scorer(
-            queries,
-            np.where(known[:, None], keys[at], 0),
-            None if bias is None else np.where(known, bias[at], 0),
-            task.candidates,
-            known,
-            self.run.settings.evaluate.normalize_by_item,
+            queries, keys, bias, task.candidates, known, self.run.settings.evaluate.normalize_by_item
         )
+
+    def reliability(self, cold: Task) -> Reliability | None:
+        """The curve of the cold items with text and users that the model knows; None without a model. Call it after `of`.
+
+        Of more items than _PAIRS allows, the first by the hash of their id, in which order the candidates are.
+        """
+        if self._cold is None:
+            return None
+        queries, keys, bias, known = self._cold
+        true = cold.truth.tocoo()
+        users, items = cold.users[true.row], true.col.astype(np.int64)
+        there = known[users] & ~np.isnan(queries[items]).any(axis=1)
+        chosen = np.unique(items[there])[: max(1, _PAIRS // max(1, int(known.sum())))]
+        there &= np.isin(items, chosen)
+        number = np.cumsum(known) - 1
+        indptr, numbers, _ = to_csr(
+            np.searchsorted(chosen, items[there]), number[users[there]], np.ones(int(there.sum())), len(chosen)
+        )
+        return reliability(queries[chosen], keys[known], None if bias is None else bias[known], indptr, numbers)
 
 
 def _vectors(table: pa.Table, key: str, ids: list[str]) -> tuple[Matrix, np.ndarray]:

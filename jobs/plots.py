@@ -90,6 +90,28 @@ def probability_histogram(probabilities: NDArray[np.float64]) -> str:
     return _svg(figure)
 
 
+def reliability(predicted: NDArray[np.float64], observed: NDArray[np.float64]) -> str:
+    """Mean observed share against mean predicted probability of each bin, on logarithmic axes, with the diagonal.
+
+    A bin in which nothing was observed has no place on the axis: it is an open triangle at the lower edge.
+    """
+    figure, (axis,) = _figure(4.4, 3.4)
+    seen = observed > 0
+    shown = np.concatenate([predicted[predicted > 0], observed[seen]])
+    low, high = (shown.min() / 2, min(1.5, shown.max() * 2)) if len(shown) else (1e-3, 1.0)
+    axis.plot([low, high], [low, high], color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+    axis.plot(predicted[seen], observed[seen], color=_COLOURS["published"], marker="o", markersize=4)
+    axis.plot(
+        np.maximum(predicted[~seen], low), np.full((~seen).sum(), low), color=_COLOURS["published"], marker="v", markersize=5,
+        linestyle="none", fillstyle="none", clip_on=False,
+    )  # fmt: skip
+    axis.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
+    axis.set_xlabel("predicted p(user | item)", fontsize=9, color=_INK)
+    axis.set_ylabel("observed share", fontsize=9, color=_INK)
+    axis.grid(color=_GRID)
+    return _svg(figure)
+
+
 def probability_by_rank(ranks: NDArray[np.int64], probabilities: NDArray[np.float64]) -> str:
     """The median and the 5-95 % band over cold items of the probability at each rank."""
     figure, (axis,) = _figure(4.4, 2.5)

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs import cli, plots
-from jobs.evaluate import SYSTEMS, published_run
+from jobs.evaluate import RELIABILITY, SYSTEMS, published_run
 from jobs.run import OUTPUTS, STAGES, Run, code_version, log, parse_run_date
 from jobs.staging import Staging
 from udfs.cleaning import REASONS
@@ -57,6 +57,7 @@ def render(run: Run) -> str:
         "truth": facts.get("evaluate", {}).get("truth", {}),
         "metrics_plot": Markup(plots.metrics(metrics, drawn[0], SYSTEMS)) if drawn else None,
         "probability": _probabilities(sampled),
+        "reliability": _reliability(metrics),
         "examples": _examples(run, sampled),
         "rejected": _rejected(run),
         "rows": _rows(facts),
@@ -130,6 +131,23 @@ def _probabilities(sampled: pa.Table) -> dict[str, Any] | None:
         "median_first": float(np.median(values[ranks == ranks.min()])),
         "histogram": Markup(plots.probability_histogram(values)),
         "by_rank": Markup(plots.probability_by_rank(ranks, values)),
+    }
+
+
+def _reliability(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The curve of p(user | item) against what happened, of the rows that evaluation left."""
+    from markupsafe import Markup
+
+    of = {r["metric"]: r for r in rows if r["split"] == RELIABILITY}
+    if "calibration_error" not in of:
+        return None
+    bins = sorted(int(name.removeprefix("p@")) for name in of if name.startswith("p@"))
+    predicted, observed = ([of[f"{side}@{number}"]["value"] for number in bins] for side in "pq")
+    return {
+        "error": of["calibration_error"]["value"],
+        "items": of["calibration_error"]["n"],
+        "pairs": sum(of[f"p@{number}"]["n"] for number in bins),
+        "plot": Markup(plots.reliability(np.array(predicted), np.array(observed))),
     }
 
 

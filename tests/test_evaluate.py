@@ -221,15 +221,18 @@ def test_evaluating_again_measures_and_replaces(later, capsys):
     assert cold["published"]["ndcg@10"] > cold["random"]["ndcg@10"] + 0.2
     assert cold["text_knn"]["ndcg@10"] > cold["random"]["ndcg@10"] + 0.2
     rows = run.lake.read("metrics", refresh_date=run.run_date).to_pandas()
-    assert len(rows) == facts["metrics"] == (4 + 5 + 4) * 3  # systems of each split, metrics
+    assert len(rows) == facts["metrics"]
     assert not rows.duplicated(["run_id", "split", "system", "metric"]).any()
+    curve, rows = rows[rows["split"] == "reliability"], rows[rows["split"] != "reliability"]
+    assert facts["calibration_error"] == round(curve.set_index("metric")["value"]["calibration_error"], 4)
+    assert len(rows) == (4 + 5 + 4) * 3  # systems of each split, metrics
     assert ((rows["low"] <= rows["value"]) & (rows["value"] <= rows["high"])).all()
     assert set(rows.loc[rows["split"] == "cold", "n"]) == {80}
 
     assert evaluate.main([*argv, "--set", "evaluate.k=[5]"]) == 0
     assert "made with other settings" in capsys.readouterr().err
     rows = run.lake.read("metrics", refresh_date=run.run_date).to_pandas()
-    assert set(rows["metric"]) == {"ndcg@5", "recall@5", "hit@5"}
+    assert set(rows.loc[rows["split"] != "reliability", "metric"]) == {"ndcg@5", "recall@5", "hit@5"}
 
 
 def test_published_is_the_inner_product_of_the_published_vectors(later):
@@ -269,6 +272,37 @@ def test_the_distribution_is_that_of_the_model(later, normalize):
     for metric, values in expected.items():
         assert rows["cold", "distribution", metric] == pytest.approx(np.mean(list(values.values())), abs=1e-9)
     assert ("warm", "distribution", "ndcg@10") not in rows
+
+
+def test_the_reliability_curve_is_of_the_models_users_and_the_cold_items_truth(later):
+    run = later[0]
+    catalog = truth.catalog(run)
+    found = truth.read(run, catalog, run.lake.version("interactions"))
+    rows = [row for row in evaluate.measure(run, catalog, found) if row["split"] == "reliability"]
+    task = found.tasks["cold"]
+    logits = np.array(
+        [[2 * vector(u) @ vector(catalog.item_ids[i]) for i in task.candidates] for u in catalog.user_ids]
+    )
+    logits = logits[1:] + np.linspace(-1, 1, len(logits) - 1)[:, None]  # the first user is not in the vocabulary
+    p = np.exp(logits) / np.exp(logits).sum(axis=0)
+    q = np.zeros((len(catalog.user_ids), len(task.candidates)))
+    true = task.truth.tocoo()
+    q[task.users[true.row], true.col] = 1
+    q = q[1:]
+    kept = q.sum(axis=0) > 0
+    p, q = p[:, kept], q[:, kept] / q[:, kept].sum(axis=0)
+    bins = np.floor(3 * np.log10(p)).astype(int) + 27
+    expected = {"calibration_error": (0.0, int(kept.sum()))}
+    for number in np.unique(bins):
+        there = bins == number
+        expected[f"p@{number}"] = p[there].mean(), int(there.sum())
+        expected[f"q@{number}"] = q[there].mean(), int(there.sum())
+        gap = abs(p[there].sum() - q[there].sum()) / kept.sum()
+        expected["calibration_error"] = expected["calibration_error"][0] + gap, int(kept.sum())
+    assert {row["metric"]: row["n"] for row in rows} == {name: n for name, (_, n) in expected.items()}
+    for row in rows:
+        assert row["value"] == pytest.approx(expected[row["metric"]][0], rel=1e-4), row["metric"]
+    assert {row["system"] for row in rows} == {"distribution"}
 
 
 def test_what_is_not_published_cannot_be_evaluated(night, capsys):

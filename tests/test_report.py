@@ -125,6 +125,17 @@ def evaluate_stage(measured):
             for metric in ("ndcg@20", "recall@20", "hit@20")
             if system != "distribution" or split == "cold"
         ]  # fmt: skip
+        curve = [
+            ("calibration_error", 0.4567, 77),
+            ("p@9", 2e-6, 5000),
+            ("q@9", 0.0, 5000),
+            ("p@20", 0.01, 50),
+            ("q@20", 0.02, 50),
+        ]
+        rows += [
+            {**rows[0], "split": "reliability", "system": "distribution", "metric": name, "value": value, "n": n}
+            for name, value, n in curve
+        ]
         truth = {"protocol": "temporal", "from": "2026-03-01", "until": "2026-04-30"}
         if not measured:
             return {"metrics": 0, "truth": {"protocol": "none"}, "note": "evaluate.protocol is none: <nothing>"}
@@ -171,10 +182,11 @@ def test_the_page_shows_the_run(tmp_path):
         run.run_id, "0.3100 0.3000–0.3200", "0.2000 0.1900–0.2100", "bad_weight", "not a finite number above 0",
         "4,321", "interactions at version 0, items at version 0", f"hash {run.conf_hash}",
         "space-1a2b (trained in this run)", "model-3c4d (kept from an earlier run)", "1,234 users",
+        "5,050 pairs of 77 cold items", "Calibration error 0.457",
     ):  # fmt: skip
         assert expected in page.text, expected
     assert ("href", f"_staging/{run.run_id}/gates/data_docs/index.html") in page.attributes
-    assert page.tags.count("svg") == 3
+    assert page.tags.count("svg") == 4
     # A user's newest item first, and no more than five of them.
     assert (
         "user-0 0.3 Warm thing 0 · Warm thing 1 · Warm thing 2 · <img src=x onerror=alert(2)> · Warm thing 4"
@@ -214,6 +226,7 @@ def test_a_night_without_cold_items_metrics_or_rejected_rows(tmp_path):
     assert "Nothing was measured. evaluate.protocol is none: <nothing>" in page.text
     assert "Rejected rows by reason None." in page.text
     assert "svg" not in page.tags
+    assert "Calibration" not in page.text
     assert "Examples" not in page.text
 
 
@@ -227,6 +240,16 @@ def test_plots_stand_degenerate_probabilities(probabilities):
         assert svg.startswith("<svg")
         assert "nan" not in svg.lower().replace("dominant", "")
     assert np.histogram(values, plots.bins(values))[0].sum() == len(values)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "observed"),
+    [([0.1], [0.1]), ([1e-9, 1e-3], [0.0, 0.0]), ([0.0, 0.5, 1.0], [0.0, 0.5, 1.0]), ([], [])],
+)
+def test_the_curve_stands_degenerate_bins(predicted, observed):
+    svg = plots.reliability(np.array(predicted), np.array(observed))
+    assert svg.startswith("<svg")
+    assert "nan" not in svg.lower().replace("dominant", "")
 
 
 def test_no_probability_falls_out_of_the_histogram():
