@@ -10,7 +10,7 @@ import torch
 
 from udfs import streaming_topk, user_sampling
 from udfs.streaming_topk import merge, top_k
-from udfs.user_sampling import draw, gumbel, item_keys, uniform
+from udfs.user_sampling import Gumbel, draw, item_keys, uniform
 
 ITEMS, USERS, D = 300, 3000, 16
 
@@ -93,6 +93,26 @@ def test_fewer_users_than_k_and_no_items(case):
     assert top_k(queries[:0], keys, 20).users.shape == (0, 20)
 
 
+@pytest.mark.parametrize("order", ["ascending", "descending"])
+def test_users_in_the_order_of_their_scores(order):
+    # Ascending, every user is among the best so far; descending, none is after the first tile.
+    keys = torch.arange(5000.0)[:, None] / 5000
+    keys = keys if order == "ascending" else keys.flip(0)
+    ours = top_k(torch.tensor([[1.0], [2.0]]), keys, 20, tile=256)
+    best = torch.arange(4999, 4979, -1) if order == "ascending" else torch.arange(20)
+    assert torch.equal(ours.users, best.expand(2, 20))
+
+
+@pytest.mark.parametrize("offset", [-1000.0, -50.0, 70.0, 1000.0])
+def test_log_sum_exp_far_from_zero(case, offset):
+    queries, keys, bias, allowed = case
+    logits, lse = _dense(queries, keys, bias + offset, allowed)
+    ours = top_k(queries, keys, 5, bias=bias + offset, allowed=allowed, tile=500)
+    # The logits themselves are float32, so what is lost beside it is a few of their last bits.
+    torch.testing.assert_close(ours.lse, lse, rtol=3e-7, atol=1e-6)
+    assert torch.equal(ours.logits, logits.sort(1, descending=True).values[:, :5])
+
+
 def test_items_do_not_influence_each_other(case):
     queries, keys, bias, _ = case
     whole = top_k(queries, keys, 20, bias=bias)
@@ -124,7 +144,9 @@ def test_items_by_users_never_exists(case):
     with Shapes():
         top_k(queries, keys, 5, bias=bias, allowed=allowed, tile=64)
     # Larger than a tile of a block of items are only the candidates' vectors.
-    assert largest <= streaming_topk._ROWS * max(64 + 5 + streaming_topk._MARGIN, D * (5 + streaming_topk._MARGIN))
+    assert largest <= streaming_topk._ROWS["cpu"] * max(
+        64 + 5 + streaming_topk._MARGIN, D * (5 + streaming_topk._MARGIN)
+    )
     assert largest < ITEMS * USERS
 
 
@@ -162,9 +184,41 @@ def test_noise_is_uniform_and_gumbel():
     assert u.min() > 0
     assert u.max() < 1
     assert np.abs(np.sort(u) - (np.arange(u.size) + 0.5) / u.size).max() < 1.63 / u.size**0.5  # Kolmogorov, 1 %
-    noise = gumbel(item_keys(1, ["x"]))(torch.arange(1), torch.arange(100_000))
+    noise = Gumbel(item_keys(1, ["x"]))(torch.arange(1), torch.arange(100_000))
     assert noise.mean().item() == pytest.approx(0.57722, abs=0.02)
     assert noise.var().item() == pytest.approx(np.pi**2 / 6, rel=0.03)
+
+
+def test_noise_of_a_group_of_users_is_bounded_by_one_number():
+    noise = Gumbel(item_keys(3, [f"i{n}" for n in range(50)]))
+    items = torch.arange(50)
+    for start in (0, 32, 45):  # with the groups, and across them
+        first = torch.arange(start, start + 3200, 32)
+        dense = noise(items, torch.arange(start, start + 3200)).view(50, 100, 32).amax(2)
+        bound = noise.highest(items, first, 32)
+        assert bool((bound >= dense).all())
+        if start % 32 == 0:
+            torch.testing.assert_close(bound, dense, rtol=0, atol=1e-9)
+    # Neighbours in a group are independent: correlations of 4e5 pairs, at distances within and across groups.
+    long = noise(items, torch.arange(8192))
+    for distance in (1, 2, 31, 32):
+        pairs = torch.corrcoef(torch.stack([long[:, :-distance].flatten(), long[:, distance:].flatten()]))
+        assert abs(pairs[0, 1].item()) < 4 / (50 * 8192) ** 0.5
+
+
+@pytest.mark.parametrize(("k", "temperature", "first_user"), [(10, 1.0, 0), (1, 0.3, 7), (200, 3.0, 64)])
+def test_draws_equal_the_definition(case, k, temperature, first_user):
+    queries, keys, bias, allowed = case
+    ids = [f"item-{n}" for n in range(ITEMS)]
+    logits, _ = _dense(queries, keys, bias, allowed)
+    noise = Gumbel(item_keys(4, ids))(torch.arange(ITEMS), torch.arange(first_user, first_user + USERS))
+    best = torch.topk(logits / temperature + noise, k, dim=1)
+    drawn = draw(
+        queries, keys, k, item_ids=ids, seed=4, bias=bias, allowed=allowed, temperature=temperature,
+        first_user=first_user, tile=640,
+    )  # fmt: skip
+    assert torch.equal(drawn.users, best.indices + first_user)
+    assert torch.equal(drawn.scores, best.values)
 
 
 def test_marginals_are_those_of_drawing_without_replacement():

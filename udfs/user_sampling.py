@@ -4,6 +4,12 @@ Gumbel-top-K (Kool et al. 2019, "Stochastic Beams and Where to Find Them", secti
 logit / T + Gumbel noise are a sample without replacement from p^(1/T). The noise of (item, user) is a function of
 (seed, item id, the user's number in the vocabulary) alone: a counter-based generator, so the draw does not depend on tiles,
 shards, batches, order or retries.
+
+Gumbel noise is -log E of a standard exponential E. Users are numbered in groups of 32, and the exponentials of a group are
+made smallest first: the smallest of 32 is itself exponential, with mean 1/32; whose it is, is uniform; and what the others
+lie above it is exponential again, with mean 1 (the exponential distribution has no memory). So all are independent, as
+they must be, and the highest noise of a group costs one random number: groups that cannot reach the K-th best score, which
+are nearly all, are passed over without a number for each of their users.
 """
 
 from __future__ import annotations
@@ -13,12 +19,20 @@ from collections.abc import Sequence
 
 import torch
 
-from udfs.streaming_topk import Noise, Selection, top_k
+from udfs.streaming_topk import Selection, top_k
 
 # splitmix64 (Steele, Lea and Flood 2014), as signed 64-bit numbers.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _FIRST = 0xBF58476D1CE4E5B9 - 2**64
 _SECOND = 0x94D049BB133111EB - 2**64
+
+# Changes when the users that a seed draws do.
+DEFINITION = 2
+
+# Users of a group: part of what defines the draw. A power of 2, at most 2^12.
+_GROUP = 32
+# The groups' numbers lie in the same sequence as the users', behind all users.
+_FIRST_GROUP = 2**40
 
 
 def item_keys(seed: int, item_ids: Sequence[str]) -> torch.Tensor:
@@ -32,26 +46,54 @@ def uniform(keys: torch.Tensor, users: torch.Tensor) -> torch.Tensor:
 
     `keys` and `users` are int64 and broadcast against each other.
     """
-    state = keys + (users + 1) * _GOLDEN  # int64 wraps around, as the generator wants
-    state = (state ^ _shifted(state, 30)) * _FIRST
-    state = (state ^ _shifted(state, 27)) * _SECOND
-    state = state ^ _shifted(state, 31)
-    return (_shifted(state, 12).double() + 0.5) * 2.0**-52
+    return _unit(_bits(keys, users))
+
+
+def _bits(keys: torch.Tensor, counters: torch.Tensor) -> torch.Tensor:
+    """64 random bits: the `counters`-th number of each key's splitmix64 sequence, as int64."""
+    state = keys + (counters + 1) * _GOLDEN  # int64 wraps around, as the generator wants
+    state = state.bitwise_xor_(_shifted(state, 30)).mul_(_FIRST)
+    state = state.bitwise_xor_(_shifted(state, 27)).mul_(_SECOND)
+    return state.bitwise_xor_(_shifted(state, 31))
+
+
+def _unit(bits: torch.Tensor) -> torch.Tensor:
+    """The upper 52 of 64 bits as a number in (0, 1), float64."""
+    return _shifted(bits, 12).double().add_(0.5).mul_(2.0**-52)
 
 
 def _shifted(value: torch.Tensor, bits: int) -> torch.Tensor:
     """Right shift that fills with zeros; torch's own fills with the sign."""
-    return (value >> bits) & (2 ** (64 - bits) - 1)
+    return (value >> bits).bitwise_and_(2 ** (64 - bits) - 1)
 
 
-def gumbel(keys: torch.Tensor) -> Noise:
+class Gumbel:
     """Standard Gumbel noise of the items with these `keys` [n] (see `item_keys`), for `udfs.streaming_topk.top_k`."""
 
-    def noise(items: torch.Tensor, users: torch.Tensor) -> torch.Tensor:
-        of_item = keys[items] if items.dim() == 2 else keys[items][:, None]
-        return -torch.log(-torch.log(uniform(of_item, users)))
+    def __init__(self, keys: torch.Tensor) -> None:
+        self._keys = keys
 
-    return noise
+    def __call__(self, items: torch.Tensor, users: torch.Tensor) -> torch.Tensor:
+        keys = self._keys[items] if items.dim() == 2 else self._keys[items][:, None]
+        smallest, whose = _smallest(keys, users // _GROUP)
+        above = -torch.log(uniform(keys, users))
+        return -torch.log(smallest + torch.where(users % _GROUP == whose, 0.0, above))
+
+    def highest(self, items: torch.Tensor, first: torch.Tensor, count: int) -> torch.Tensor:
+        keys = self._keys[items][:, None]
+        from_group, to_group = first // _GROUP, (first + count - 1) // _GROUP
+        smallest, _ = _smallest(keys, from_group)
+        for more in range(1, 1 + int((to_group - from_group).max())):
+            smallest = torch.minimum(smallest, _smallest(keys, torch.minimum(from_group + more, to_group))[0])
+        # The slack is for vectorised logarithms, which may differ in the last bit.
+        return 1e-12 - torch.log(smallest)
+
+
+def _smallest(keys: torch.Tensor, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The smallest exponential of each group of users, float64, and the place in the group, int64, of the user whose it is."""
+    bits = _bits(keys, groups + _FIRST_GROUP)
+    # The number uses the upper 52 bits, the place the lowest.
+    return torch.log(_unit(bits)) * (-1 / _GROUP), bits & (_GROUP - 1)
 
 
 def draw(
@@ -72,7 +114,7 @@ def draw(
     Arguments as for `udfs.streaming_topk.top_k`; `item_ids` [n] are those of the queries. Draws from several shards of a
     vocabulary are joined by `udfs.streaming_topk.merge`.
     """
-    noise = gumbel(item_keys(seed, item_ids).to(queries.device))
+    noise = Gumbel(item_keys(seed, item_ids).to(queries.device))
     return top_k(
         queries,
         keys,
