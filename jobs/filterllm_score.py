@@ -22,6 +22,7 @@ from jobs.ray_cluster import cluster
 from jobs.run import Run, log
 from jobs.staging import Staging
 from schemas.table import table as schema
+from udfs import user_sampling
 from udfs.actor_pool import map_ordered
 from udfs.filterllm import FilterLLM, FilterLLMError
 from udfs.progress import Progress
@@ -99,6 +100,7 @@ def _scoring_version(run: Run, model_version: str, users: pa.Array) -> str:
     for user_id in users.to_pylist():
         digest.update(user_id.encode("utf-8", "surrogatepass") + b"\0")
     facts = [model_version, sampling.k, sampling.draw, sampling.temperature, run.settings.seed, digest.hexdigest()]
+    facts.append(user_sampling.DEFINITION)
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
