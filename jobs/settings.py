@@ -66,16 +66,22 @@ class Text(_Section):
 
 
 class Cf(_Section):
-    model: Literal["als", "lightgcn", "bpr"] = "als"
+    model: Literal["als", "als_cg", "lightgcn", "bpr"] = Field(
+        "als", description="als runs on Spark; als_cg is its twin in torch, for 256 dimensions and more on one machine"
+    )
     dimension: int = Field(64, ge=2)
-    epochs: int = Field(15, ge=1, description="ALS iterations, or epochs of the torch models")
+    epochs: int = Field(15, ge=1, description="iterations of als and als_cg, epochs of lightgcn and bpr")
     regularization: float = Field(0.05, gt=0, description="ALS and fold-in: lambda, times a row's number of pairs")
     alpha: float = Field(40.0, gt=0, description="ALS and fold-in: confidence is 1 + alpha * weight (Hu et al. 2008)")
-    learning_rate: float = Field(1e-2, gt=0, description="torch models")
-    weight_decay: float = Field(1e-4, ge=0, description="torch models: L2 of the embeddings of each triple")
+    learning_rate: float = Field(1e-2, gt=0, description="LightGCN and BPR")
+    weight_decay: float = Field(1e-4, ge=0, description="LightGCN and BPR: L2 of the embeddings of each triple")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="torch models; auto: a GPU if there is one")
-    batch_size: int = Field(8192, ge=1, description="torch models")
+    batch_size: int = Field(8192, ge=1, description="LightGCN and BPR")
     layers: int = Field(2, ge=0, description="LightGCN")
+    negatives: Literal["item", "user"] = Field(
+        "item",
+        description="LightGCN and BPR: user sets users against each other for an item, as FilterLLM's guider does",
+    )
     binary: bool = Field(True, description="every pair has weight 1; otherwise log(1 + sum of weights)")
     blocks: int = Field(2, ge=1, description="ALS: parallel blocks; 1 makes it deterministic to the last bit")
     retrain_days: int = Field(

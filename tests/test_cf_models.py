@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ MODELS = sorted(ENGINES)
 DIMENSION = 4
 PARAMS = {
     "als": CfParams(dimension=DIMENSION, epochs=6, alpha=10.0, regularization=0.5, blocks=1),
+    "als_cg": CfParams(dimension=DIMENSION, epochs=6, alpha=10.0, regularization=0.5, device="cpu"),
     "lightgcn": CfParams(dimension=DIMENSION, epochs=40, batch_size=512, learning_rate=0.03, device="cpu"),
     "bpr": CfParams(dimension=DIMENSION, epochs=40, batch_size=512, learning_rate=0.03, device="cpu"),
 }
@@ -108,7 +110,7 @@ def test_a_gpu_that_is_asked_for_and_missing_is_an_error() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
-@pytest.mark.parametrize("model", ["lightgcn", "bpr"])
+@pytest.mark.parametrize("model", ["als_cg", "lightgcn", "bpr"])
 def test_the_gpu_learns_the_blocks_too(model: str) -> None:
     train, held = _block_matrix()
     params = CfParams(dimension=DIMENSION, epochs=40, batch_size=512, learning_rate=0.03, device="cuda")
@@ -171,6 +173,35 @@ def test_negatives_are_uniform_over_the_items_a_user_has_no_pair_with() -> None:
     assert set(drawn[0][counts[0]].tolist()) == {2}
     share = torch.bincount(drawn[1][counts[1]], minlength=4) / counts[1].sum()
     np.testing.assert_allclose(share.numpy(), [1 / 3, 1 / 3, 0, 1 / 3], atol=0.02)
+
+
+def test_als_cg_solves_the_equations_of_als() -> None:
+    train, _ = _block_matrix()
+    weights = np.random.default_rng(4).uniform(0.5, 2.0, len(train.users)).astype(np.float32)
+    params = CfParams(dimension=DIMENSION, epochs=3, alpha=10.0, regularization=0.5, device="cpu")
+    users, items = fit("als_cg", Pairs(train.users, train.items, weights), 60, 36, params, seed=1)
+    y = items.astype(np.float64)
+    for user in (0, 25, 59):
+        mine = train.users == user
+        rows, confidence = y[train.items[mine]], 1 + params.alpha * weights[mine].astype(np.float64)
+        ridge = params.regularization * mine.sum() * np.eye(DIMENSION)
+        left = y.T @ y + (rows.T * (confidence - 1)) @ rows + ridge
+        np.testing.assert_allclose(users[user], np.linalg.solve(left, rows.T @ confidence), rtol=1e-4, atol=1e-6)
+
+
+def test_user_negatives_state_which_users_an_item_is_for() -> None:
+    train, held = _block_matrix()
+    params = CfParams(
+        dimension=DIMENSION, epochs=40, batch_size=512, learning_rate=0.03, device="cpu", negatives="user"
+    )
+    for model in ("bpr", "lightgcn"):
+        users, items = fit(model, train, 60, 36, params, seed=5)
+        scores = items @ users.T
+        scores[train.items, train.users] = -np.inf
+        for item in range(36):
+            truth = set(held.users[held.items == item])
+            assert set(np.argsort(-scores[item])[: len(truth)]) == truth, f"{model}, item {item}"
+        assert not np.array_equal(users, fit(model, train, 60, 36, replace(params, negatives="item"), seed=5)[0])
 
 
 def test_vectors_pass_through_arrow_bit_for_bit() -> None:

@@ -44,7 +44,7 @@ def bpr_loss(
 
 
 class NegativeSampler:
-    """Items that a user has no pair with, uniformly, for many users at once, on the device."""
+    """Items that a user has no pair with, uniformly, for many users at once, on the device (or users, for items)."""
 
     def __init__(self, users: torch.Tensor, items: torch.Tensor, n_items: int, generator: torch.Generator) -> None:
         """`users` and `items` [pairs] int64 are the positives."""
@@ -76,6 +76,10 @@ def train(
 ) -> tuple[Matrix, Matrix]:
     """Learn embeddings with Adam on BPR triples; one negative a pair and epoch.
 
+    params.negatives says what a pair is set against: "item", another item for the same user (Rendle 2009), or "user", another
+    user for the same item: then the embeddings say which users an item is for, as FilterLLM's CF guider does (arXiv
+    2502.16924, L_G).
+
     The same seed gives the same result on the same kind of device.
 
     Args:
@@ -94,13 +98,18 @@ def train(
     users = torch.from_numpy(pairs.users.astype(np.int64)).to(device)
     items = torch.from_numpy(pairs.items.astype(np.int64)).to(device)
     weights = torch.from_numpy((pairs.weights / pairs.weights.mean()).astype(np.float32)).to(device)
-    negatives = NegativeSampler(users, items, n_items, generator)
+    # Rows of `ego`: whose preference a triple states, and over which rows.
+    anchor, positive, first, others = users, items, n_users, n_items
+    if params.negatives == "user":
+        anchor, positive, first, others = items, users, 0, n_users
+    negatives = NegativeSampler(anchor, positive, others, generator)
+    offset = n_users - first
     optimizer = torch.optim.Adam([ego], lr=params.learning_rate)
     for _ in range(params.epochs):
         order = torch.randperm(len(users), generator=generator, device=device)
         for batch in order.split(params.batch_size):
-            negative, counts = negatives(users[batch])
-            rows = (users[batch], n_users + items[batch], n_users + negative)
+            negative, counts = negatives(anchor[batch])
+            rows = (offset + anchor[batch], first + positive[batch], first + negative)
             everything = propagate(ego) if propagate else ego
             u, i, j = (F.embedding(r, everything) for r in rows)
             u0, i0, j0 = (F.embedding(r, ego) for r in rows) if propagate else (u, i, j)

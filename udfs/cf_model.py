@@ -1,6 +1,6 @@
 """Collaborative filtering behind one interface: pairs in, user and item embeddings of one space out.
 
-The score of an item for a user is the inner product of their rows. ALS takes a Spark DataFrame and stays distributed; the
+The score of an item for a user is the inner product of their rows. `als` takes a Spark DataFrame and stays distributed; the
 torch models take arrays.
 """
 
@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
 #: model -> what its `pairs` are.
-ENGINES: dict[str, Literal["spark", "torch"]] = {"als": "spark", "lightgcn": "torch", "bpr": "torch"}
+ENGINES: dict[str, Literal["spark", "torch"]] = {
+    "als": "spark",
+    "als_cg": "torch",
+    "lightgcn": "torch",
+    "bpr": "torch",
+}
 
 
 class CfError(ColdRefreshError):
@@ -39,6 +44,7 @@ class CfParams:
     weight_decay: float = 1e-4
     batch_size: int = 8192
     layers: int = 2
+    negatives: Literal["item", "user"] = "item"  # lightgcn, bpr: see udfs/bpr.py
     device: str = "auto"
     checkpoint_dir: str | None = None  # als: a folder that Spark's workers share
 
@@ -76,7 +82,7 @@ class Pairs:
 def fit(
     model: str, pairs: DataFrame | Pairs, n_users: int, n_items: int, params: CfParams, seed: int
 ) -> tuple[Matrix, Matrix]:
-    """Train `model` (als, lightgcn or bpr).
+    """Train `model` (als, als_cg, lightgcn or bpr).
 
     Args:
         pairs: for als a Spark DataFrame (user_idx, item_idx, weight), otherwise Pairs; at least one.
@@ -100,7 +106,7 @@ def fit(
     if not (np.isfinite(users).all() and np.isfinite(items).all()):
         raise CfError(
             f"{model} gave embeddings that are not finite: lower cf.learning_rate, or raise cf.regularization "
-            f"(als) or cf.weight_decay (torch models)"
+            f"(als, als_cg) or cf.weight_decay (lightgcn, bpr)"
         )
     return users, items
 
@@ -108,14 +114,14 @@ def fit(
 def _fit_torch(
     model: str, pairs: Pairs, n_users: int, n_items: int, params: CfParams, seed: int
 ) -> tuple[Matrix, Matrix]:
-    from udfs import bpr, lightgcn
+    from udfs import als_cg, bpr, lightgcn
 
     if not len(pairs.users):
         raise CfError(f"no pair to train {model} on: {n_users} users and {n_items} items, 0 pairs")
     pairs = pairs.sorted()
     known_users, user = np.unique(pairs.users, return_inverse=True)
     known_items, item = np.unique(pairs.items, return_inverse=True)
-    trained = {"lightgcn": lightgcn.fit, "bpr": bpr.fit}[model](
+    trained = {"als_cg": als_cg.fit, "lightgcn": lightgcn.fit, "bpr": bpr.fit}[model](
         Pairs(user, item, pairs.weights), len(known_users), len(known_items), params, seed
     )
     users = np.zeros((n_users, params.dimension), np.float32)
