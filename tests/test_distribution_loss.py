@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from udfs import distribution_loss
 from udfs.distribution_loss import guiding_loss, loss
 
 
@@ -38,6 +39,18 @@ def test_values_and_gradients_equal_the_dense_loss(chunk, with_bias):
         results.append([value.detach(), *[leaf.grad for leaf in leaves if leaf is not None]])
     for ours, dense in zip(*results, strict=True):
         torch.testing.assert_close(ours, dense, rtol=1e-11, atol=1e-12)
+
+
+def test_kept_and_recomputed_tiles_give_the_same_gradients_twice(monkeypatch):
+    monkeypatch.setattr(distribution_loss, "_CELLS", {"cpu": 0})  # tiles of 256 users, three of them kept
+    hidden, vocabulary, bias, indptr, users, lists = _case(users=2000)
+    leaves = [t.requires_grad_() for t in (hidden, vocabulary, bias)]
+    dense = torch.autograd.grad(_dense(*leaves, lists).sum(), leaves)
+    value = loss(*leaves[:2], indptr, users, leaves[2], chunk=1000).sum()
+    for _ in range(2):
+        ours = torch.autograd.grad(value, leaves, retain_graph=True)
+        for one, other in zip(ours, dense, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
 
 
 def test_gradcheck():
