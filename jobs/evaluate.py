@@ -83,7 +83,7 @@ def _evaluate(run: Run, catalog: Catalog, found: Truth, app: str, sequence: int)
 def measure(run: Run, catalog: Catalog, found: Truth) -> list[dict[str, Any]]:
     """Rows of schemas/metrics.yaml for every split of the truth and every system that is defined there."""
     settings = run.settings.evaluate
-    systems = _Systems(run, catalog)
+    systems = Systems.published(run, catalog)
     rows = []
     for split, task in found.tasks.items():
         for system, scorer in systems.of(split, task):
@@ -119,22 +119,20 @@ def _curve_rows(run: Run, curve: Reliability) -> list[dict[str, Any]]:
     return [{**same, "metric": name, "value": value, "n": n, "low": None, "high": None} for name, value, n in values]
 
 
-class _Systems:
+class Systems:
     """What is measured: reads and prepares each system once, and gives its scorer for any task."""
 
-    def __init__(self, run: Run, catalog: Catalog) -> None:
-        self.run, self.catalog = run, catalog
-        facts = run.recorded()
-        if "publish" not in facts:
-            raise NotPublishedError(
-                f"run {run.run_id} of {run.run_date} has published nothing: run its stage publish first"
-            )
-        self.facts = facts
-        versions = {name: int(facts["publish"]["output_versions"][name]) for name in OUTPUTS}
-        space = facts["publish"]["space_version"]
-        published = Published(run.run_id, run.run_date, run.sequence, versions, space, run.lake)
-        self.users, self.users_known = _vectors(published.user_embeddings(), "user_id", catalog.user_ids)
-        self.items, self.items_known = _vectors(published.item_embeddings(), "item_id", catalog.item_ids)
+    def __init__(
+        self, run: Run, catalog: Catalog, users: pa.Table, items: pa.Table, trained: dict[str, Any] | None
+    ) -> None:
+        """users and items: rows of user_embeddings and item_embeddings; trained: facts of the stage filterllm_train.
+
+        Raises:
+            ColdRefreshError: users and items differ in their dimensions.
+        """
+        self.run, self.catalog, self.trained = run, catalog, trained or {}
+        self.users, self.users_known = _vectors(users, "user_id", catalog.user_ids)
+        self.items, self.items_known = _vectors(items, "item_id", catalog.item_ids)
         if self.users.shape[1] != self.items.shape[1]:
             raise ColdRefreshError(
                 f"run {run.run_id}: user_embeddings have {self.users.shape[1]} dimensions and item_embeddings "
@@ -146,12 +144,29 @@ class _Systems:
         self.user_hashes = floors.id_hashes(catalog.user_ids, seed)
         self.item_hashes = floors.id_hashes(catalog.item_ids, seed + 1)
 
+    @classmethod
+    def published(cls, run: Run, catalog: Catalog) -> Systems:
+        """Those of what `run` published.
+
+        Raises:
+            NotPublishedError: it has published nothing.
+        """
+        facts = run.recorded()
+        if "publish" not in facts:
+            raise NotPublishedError(
+                f"run {run.run_id} of {run.run_date} has published nothing: run its stage publish first"
+            )
+        versions = {name: int(facts["publish"]["output_versions"][name]) for name in OUTPUTS}
+        space = facts["publish"]["space_version"]
+        tables = Published(run.run_id, run.run_date, run.sequence, versions, space, run.lake)
+        return cls(run, catalog, tables.user_embeddings(), tables.item_embeddings(), facts.get("filterllm_train"))
+
     def of(self, split: str, task: Task) -> Iterator[tuple[str, Scorer]]:
         """(name, scorer) of the systems that are defined in this split."""
         c, candidates = self.catalog, task.candidates
         vectors = np.where(self.items_known[candidates, None], self.items[candidates], np.float32(np.nan))
         yield "published", dot_scorer(self.users, vectors, candidates, self.users_known)
-        if split == "cold" and self.facts.get("filterllm_train", {}).get("model_version"):
+        if split == "cold" and self.trained.get("model_version"):
             yield "distribution", self._distribution(task)
         yield "text_knn", floors.text_knn_scorer(self.texts, c.history, candidates)
         yield "popularity", floors.popularity_scorer(c.interactions, candidates)
@@ -162,16 +177,15 @@ class _Systems:
         from jobs import text_embeddings
         from jobs.filterllm_train import load_model
 
-        trained = self.facts["filterllm_train"]
-        model = load_model(self.run, trained["model_version"])
-        artifact = self.run.artifact("models", trained["model_version"])
+        model = load_model(self.run, self.trained["model_version"])
+        artifact = self.run.artifact("models", self.trained["model_version"])
         keys, bias = model.keys()
         at, known = _positions(self.catalog.user_ids, artifact.read("users")["user_id"])
         with_text = [i for i, item in enumerate(task.candidates) if self.catalog.text_sha256[item]]
         shas = [str(self.catalog.text_sha256[item]) for item in task.candidates[with_text]]
         queries = np.full((len(task.candidates), keys.shape[1]), np.nan, np.float32)
         if shas:
-            hidden = text_embeddings.load(self.run, shas, trained["encoder_version"])
+            hidden = text_embeddings.load(self.run, shas, self.trained["encoder_version"])
             queries[with_text] = model.queries(hidden)
         keys = np.where(known[:, None], keys[at], 0)
         bias = None if bias is None else np.where(known, bias[at], 0)
