@@ -121,6 +121,8 @@ def _fit(run: Run, identity: dict[str, str], version: str, checkpoints: Staging)
         run = replace(run, settings=run.settings.model_copy(update={"lake": os.path.abspath(lake)}))
         checkpoints = run.artifact("checkpoints", version)
     with ray_cluster.cluster(ray) if workers else nullcontext():
+        if workers:
+            ray_cluster.require_workers(ray, workers)
         return ray_training.run(
             filterllm_fit.fit,
             (run, identity, version, checkpoints.path("state")),

@@ -100,6 +100,24 @@ def _require_answer(address: str) -> None:
         raise ClusterError(f"the Ray cluster at {address} refuses: {said[0]}. {_remedy(address)}")
 
 
+def require_workers(settings: RayCluster, workers: int) -> None:
+    """Raises ClusterError if a cluster of this machine alone has no room for so many workers at once: it will never grow."""
+    import ray
+
+    if _address(settings) or len(ray.nodes()) > 1:
+        return
+    there = ray.cluster_resources()
+    for name, each, key in (
+        ("CPU", settings.cpus_per_actor, "cpus_per_actor"),
+        ("GPU", settings.gpus_per_actor, "gpus_per_actor"),
+    ):
+        if workers * each > there.get(name, 0):
+            raise ClusterError(
+                f"ray.training_workers ({workers}) x ray.{key} ({each:g}) is more than this machine's "
+                f"{there.get(name, 0):g} {name}; lower one of them"
+            )
+
+
 def _require_room(settings: RayCluster) -> None:
     """Raises ClusterError if this machine is too small for one actor, which would wait for ever."""
     import ray

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
+import signal
+import threading
+import time
 from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
@@ -12,13 +17,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+import safetensors.torch
 
 from jobs import filterllm_score, filterllm_train, text_embeddings
 from jobs.filterllm_train import load_model
+from jobs.ray_cluster import ClusterError
 from jobs.run import Run, execute
 from jobs.settings import Settings
 from tests.small_lake import RUN_DATE, tables
 from udfs.filterllm import FilterLLMError
+from udfs.ray_training import Journal
 from udfs.vectors import to_column
 
 SETTINGS: dict[str, Any] = {
@@ -246,6 +254,63 @@ def test_with_lora_cold_texts_go_through_the_trained_model(lake: Path) -> None:
     frozen = text_embeddings.load(run, shas, run.staging("text_embeddings").facts()["model_version"])
     assert np.abs(adapted - frozen).max() > 1e-3
     assert np.abs(adapted - frozen).max() < 1.0
+
+
+# --- Training over Ray Train's workers
+
+
+def _fit(run: Run) -> dict[str, np.ndarray]:
+    """The tensors of the model that this run trains."""
+    facts = execute(run, "filterllm_train", filterllm_train.run)
+    assert facts["trained"]
+    artifact = run.artifact("models", facts["model_version"])
+    artifact.verify()
+    assert not Path(run.artifact("checkpoints", facts["model_version"]).uri).exists()
+    tensors = safetensors.torch.load(artifact.read_bytes("model.safetensors"))
+    # So that the next one is trained, too.
+    artifact.clear()
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
+def _kill_first_worker(checkpoints: Path, epoch: int) -> None:
+    """SIGKILL the worker that says so much of itself, once `epoch` is done."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        for folder in checkpoints.glob("*"):
+            lines = Journal(str(folder / "journal")).read(0)
+            if any(line.startswith(f"epoch {epoch}/") for line in lines):
+                os.kill(int(re.search(r"process id (\d+)", lines[0])[1]), signal.SIGKILL)
+                return
+        time.sleep(0.01)
+
+
+def test_workers_train_the_model_of_one_process_although_one_is_killed(
+    lake: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # Without dropout, whose draws are each worker's own, only the order of sums differs.
+    conf = {"epochs": 60, "patience": 60, "batch_size": 7, "dropout": 0.0, "softmax": "sampled", "samples": 20}
+    expected = _fit(night(lake, filterllm=conf))
+    killer = threading.Thread(target=_kill_first_worker, args=(lake / "_artifacts" / "checkpoints", 2))
+    killer.start()
+    capfd.readouterr()
+    found = _fit(night(lake, filterllm=conf, ray={"training_workers": 2, "cpus_per_actor": 0.5}))
+    killer.join()
+    told = capfd.readouterr().err
+    assert told.count("[filterllm_train] 2 workers on cpu") == 2  # the group was started again
+    assert re.search(r"goes on behind epoch \d+, which was saved", told)
+    assert re.search(r"epoch 60/60: .* items/s, validation nll", told)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_allclose(found[name], tensor, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_workers_that_never_fit_and_errors_of_the_task_are_clear(lake: Path) -> None:
+    run = night(lake, filterllm={"epochs": 2}, ray={"training_workers": 5000})
+    with pytest.raises(ClusterError, match=r"ray.training_workers \(5000\) x ray.cpus_per_actor \(1\) is more than"):
+        filterllm_train.run(run, run.staging("filterllm_train"))
+    # The task's own error arrives as it was raised.
+    with pytest.raises(FilterLLMError, match="training diverged"):
+        train(night(lake, filterllm={"epochs": 2, "learning_rate": 1e30}))
 
 
 def test_a_night_with_nothing_to_score_starts_no_ray(lake: Path) -> None:

@@ -8,6 +8,7 @@ since workers' output stays in Ray's logs, on their machines.
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -127,6 +128,8 @@ def run(
             kind, value = trainer.fit().return_value
         except TrainingFailedError as error:
             raise _reason(error, workers, cpus, gpus) from error
+        except SystemExit as error:  # Ray Train ends the process, with status 0, on Ctrl-C
+            raise KeyboardInterrupt from error
     if kind == "error":
         raise value
     return value
@@ -178,12 +181,15 @@ def _reason(error: Exception, workers: int, cpus: float, gpus: float) -> ColdRef
 
 @contextmanager
 def _environment() -> Iterator[None]:
-    """Ray Train's settings in the environment, for as long as it runs."""
+    """Ray Train's settings in the environment, for as long as it runs; the handler of Ctrl-C that it leaves is taken back."""
     added = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
     os.environ.update(added)
+    handler = signal.getsignal(signal.SIGINT)
     try:
         yield
     finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
         for name in added:
             os.environ.pop(name, None)
 
