@@ -105,7 +105,7 @@ def test_the_prompt_is_a_chat_that_a_title_cannot_leave(small: Path) -> None:
     assert text.endswith("Answer Yes or No.<|im_end|>\n<|im_start|>assistant\n")
     assert text.count("<|im_start|>") == 3
     assert text.count("<|im_end|>") == 2
-    assert len(judge.suffix("word " * 100_000)) < 130
+    assert len(judge.suffix("word " * 100_000)) < 120
 
 
 def test_what_cannot_be_judged_is_an_error(small: Path) -> None:

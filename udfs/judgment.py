@@ -26,8 +26,8 @@ from udfs.text_encoder import TextEncoder, batches, readable
 
 Ints = NDArray[np.int64]
 _MARK = "\x00"
-# Tokens a title may fill at most.
-_TITLE_TOKENS = 64
+# Of a title no more is read.
+_TITLE_CHARACTERS = 300
 
 
 class JudgmentError(ColdRefreshError):
@@ -83,7 +83,7 @@ class Judge:
         # A title that spells a special token must not end the message it stands in.
         self._special = [token for token in self._tokenizer.all_special_tokens if token.strip()]
         self._head, self._tail, space = self._frame()
-        yes, no = (self._ids(space + word)[0] for word in (self.question.yes, self.question.no))
+        yes, no = (ids[0] for ids in self._ids([space + self.question.yes, space + self.question.no]))
         if yes == no:
             raise JudgmentError(
                 f"{self.question.yes!r} and {self.question.no!r} begin with the same token of this model: "
@@ -127,9 +127,11 @@ class Judge:
         Raises:
             JudgmentError: a prompt has more tokens than the model reads.
         """
-        prefixes = {int(user): self.prefix(histories[user]) for user in np.unique(users)}
-        suffixes = [self.suffix(titles[item]) if used else [] for item, used in enumerate(_used(items, len(titles)))]
-        lengths = [len(prefixes[int(u)]) + len(suffixes[i]) for u, i in zip(users, items, strict=True)]
+        names, users = np.unique(users, return_inverse=True)
+        prefixes = self._ids([self._prefix(histories[user]) for user in names])
+        numbers, items = np.unique(items, return_inverse=True)
+        suffixes = self._ids([self._suffix(titles[item]) for item in numbers])
+        lengths = [len(prefixes[u]) + len(suffixes[i]) for u, i in zip(users, items, strict=True)]
         limit = getattr(self.encoder.model.config, "max_position_embeddings", None)
         if limit and max(lengths, default=0) > limit:
             raise JudgmentError(
@@ -138,30 +140,34 @@ class Judge:
         found = np.empty((len(lengths), self.encoder.width), np.float32)
         with torch.inference_mode():
             if share_prefix:
-                rows_of: dict[int, list[int]] = {user: [] for user in prefixes}
+                rows_of: list[list[int]] = [[] for _ in prefixes]
                 for row, user in enumerate(users):
-                    rows_of[int(user)].append(row)
-                names = list(prefixes)
-                for group in batches([len(prefixes[user]) for user in names], self.encoder.batch_tokens):
-                    several = [names[number] for number in group]
-                    rows = [(row, number) for number, user in enumerate(several) for row in rows_of[user]]
-                    self._shared([prefixes[user] for user in several], rows, [suffixes[i] for i in items], found)
+                    rows_of[user].append(row)
+                of_row = [suffixes[item] for item in items]
+                for group in batches([len(prefix) for prefix in prefixes], self.encoder.batch_tokens):
+                    rows = [(row, number) for number, user in enumerate(group) for row in rows_of[user]]
+                    self._shared([prefixes[user] for user in group], rows, of_row, found)
             else:
                 for batch in batches(lengths, self.encoder.batch_tokens):
-                    whole = [prefixes[int(users[row])] + suffixes[items[row]] for row in batch]
+                    whole = [prefixes[users[row]] + suffixes[items[row]] for row in batch]
                     found[batch] = self.encoder.forward(whole).cpu().numpy()
         return found
 
     def prefix(self, history: Sequence[str]) -> list[int]:
         """The tokens of a user's part of the prompt; those of an item's part (`suffix`) follow it."""
-        before, after = self.question.user.split("{history}")
-        lines = "\n".join(f"- {self._clean(title)}" for title in history)
-        return self._ids(self._head + before + lines + after)
+        return self._ids([self._prefix(history)])[0]
 
     def suffix(self, title: str) -> list[int]:
         """The tokens of an item's part of the prompt, up to where the model would answer."""
+        return self._ids([self._suffix(title)])[0]
+
+    def _prefix(self, history: Sequence[str]) -> str:
+        before, after = self.question.user.split("{history}")
+        return self._head + before + "\n".join(f"- {self._clean(title)}" for title in history) + after
+
+    def _suffix(self, title: str) -> str:
         before, after = self.question.item.split("{title}")
-        return self._ids(before + self._clean(title) + after + self._tail)
+        return before + self._clean(title) + after + self._tail
 
     def _shared(
         self, prefixes: list[list[int]], rows: list[tuple[int, int]], suffixes: list[list[int]], found: np.ndarray
@@ -199,17 +205,18 @@ class Judge:
         head, _, tail = text.partition(_MARK)
         return head, tail, ""
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        """Tokens of each part of a prompt; what goes before a chat is in its template, so nothing is added."""
+        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        return [list(ids) for ids in self._tokenizer(texts, **options)["input_ids"]] if texts else []
 
     def _clean(self, title: str) -> str:
-        """A title on one line, without special tokens, of a page's length at most."""
-        text = " ".join(readable(title, _TITLE_TOKENS).split())
+        """The beginning of a title, on one line, without special tokens."""
+        text = " ".join(readable(title, _TITLE_CHARACTERS).split())[:_TITLE_CHARACTERS]
         while any(token in text for token in self._special):  # until what is left spells none either
             for token in self._special:
                 text = text.replace(token, " ")
-        ids = self._ids(text)
-        return text if len(ids) <= _TITLE_TOKENS else str(self._tokenizer.decode(ids[:_TITLE_TOKENS]))
+        return text
 
 
 def _padded(rows: list[list[int]], device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -218,12 +225,6 @@ def _padded(rows: list[list[int]], device: str) -> tuple[torch.Tensor, torch.Ten
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.long)
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], dtype=torch.long)
     return ids.to(device), mask.to(device)
-
-
-def _used(items: Ints, n: int) -> NDArray[np.bool_]:
-    used = np.zeros(n, np.bool_)
-    used[items] = True
-    return used
 
 
 def _head_rows(directory: Path, encoder: TextEncoder, tokens: list[int]) -> torch.Tensor:

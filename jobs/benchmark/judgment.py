@@ -1,0 +1,302 @@
+"""Text to distribution against text to judgment (ColdLLM's way): the same language model, dtype and batches, in one run.
+
+The titles and the filter's candidates are CiteULike's (citeulike-a of the data folder: $COLD_REFRESH_DATA, or ../shared/data).
+`candidates` and `judge` are ColdLLM's two stages, for the quality benchmark.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from jobs.benchmark.table import table
+from jobs.run import log
+from schemas.errors import ColdRefreshError
+from udfs import two_tower
+from udfs.filterllm import Config, FilterLLM
+from udfs.fold_in import to_csr
+from udfs.judged_pairs import recent, training_pairs
+from udfs.judgment import Judge
+from udfs.judgment_training import fit_answer
+from udfs.model_files import find_model
+from udfs.streaming_topk import top_k
+from udfs.text_encoder import TextEncoder
+from udfs.vectors import Matrix
+
+Ints = NDArray[np.int64]
+#: How much faster FilterLLM's paper (arXiv 2502.16924) is than ColdLLM, an item.
+PAPER = 34.75
+_WIDTH = 128  # of the user vocabulary, as conf/ has it for CiteULike
+# What FilterLLM's own prompts are like: a task, then the item.
+_TASK = "Describe which researchers will want to read a paper with the following title.\nTitle: {title}\nResearchers:"
+
+
+def candidates(
+    states: Matrix, indptr: Ints, indices: Ints, cold: Ints, k: int = 20, options: two_tower.Options | None = None
+) -> Ints:
+    """ColdLLM's filter: the users [len(cold), k] that the two towers keep of each cold item, best first.
+
+    Args:
+        states: [I, width] float32, mean-pooled text embeddings of all items.
+        indptr, indices: user u's training items are indices[indptr[u]:indptr[u + 1]], numbers of items.
+        cold: numbers of the cold items.
+    """
+    # The towers see warm items only: their mean and deviation too.
+    warm, at = np.unique(indices, return_inverse=True)
+    model = two_tower.train(states[warm], indptr, at, options or two_tower.Options(), log)
+    profiles = two_tower.user_inputs(states[warm], indptr, at)
+    return two_tower.candidates(model, states[cold], profiles, k, np.diff(indptr) > 0).users.numpy()
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """history: titles of a user; fit_users: users to fit the answer to, of whom each gives fit_items true pairs; 0 asks
+    the model as it comes."""
+
+    model: str = "smollm2"
+    history: int = 10
+    fit_users: int = 300
+    fit_items: int = 4
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str = "cpu"
+    seed: int = 7
+
+
+def judge(
+    titles: Sequence[str], indptr: Ints, indices: Ints, cold: Ints, users: Ints, options: JudgeOptions
+) -> tuple[NDArray[np.float32], dict[str, Any]]:
+    """ColdLLM's refining: p(Yes) [len(cold), k] float32 of each cold item's users, and facts of the judge.
+
+    Args:
+        titles: of all items; the other arguments are those of `candidates`, and `users` [len(cold), k] what it gives.
+    """
+    model = Judge(find_model(options.model).directory, dtype=options.dtype, device=options.device)
+    facts: dict[str, Any] = {"pairs": int(users.size)}
+    if options.fit_users:
+        warm = np.unique(indices)
+        known = training_pairs(
+            indptr, np.searchsorted(warm, indices), len(warm),
+            users=options.fit_users, per_user=options.fit_items, length=options.history, seed=options.seed,
+        )  # fmt: skip
+        of_users = [[titles[warm[item]] for item in history] for history in known.histories]
+        states = model.states(of_users, [titles[item] for item in warm], known.users, known.items)
+        facts["fitted_pairs"] = len(known.labels)
+        facts["auc"] = fit_answer(model, states, known.labels, known.users)
+        log(
+            f"judge: fitted to {len(known.labels)} pairs, area under the ROC curve of held-out users {facts['auc']:.3f}"
+        )
+    histories = [[titles[item] for item in history] for history in recent(indptr, indices, options.history)]
+    rows = np.repeat(np.arange(len(cold)), users.shape[1])
+    begun = time.perf_counter()
+    scores = model.score(histories, [titles[item] for item in cold], users.ravel(), rows).reshape(users.shape)
+    facts["seconds"] = time.perf_counter() - begun
+    return (1 / (1 + np.exp(-scores))).astype(np.float32), facts
+
+
+def data_folder() -> Path:
+    """Where citeulike-a is. Raises ColdRefreshError if it is nowhere."""
+    folder = Path(os.environ.get("COLD_REFRESH_DATA") or "../shared/data") / "citeulike-a"
+    if not (folder / "coldllm_filter.parquet").is_file():
+        raise ColdRefreshError(f"no {folder}/coldllm_filter.parquet: name the data folder in COLD_REFRESH_DATA")
+    return folder
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Titles of all items, histories of all users (titles), and the filter's pairs (user, item) of all cold items."""
+
+    titles: list[str]
+    histories: list[list[str]]
+    users: Ints
+    items: Ints
+
+
+def _read(folder: Path, history: int) -> _Sample:
+    items = pd.read_parquet(folder / "items.parquet").sort_values("item_id")
+    split = pd.read_parquet(folder / "split.parquet")
+    pairs = pd.read_parquet(folder / "coldllm_filter.parquet").sort_values(["item_id", "user_id"])
+    train = split[split["part"] == "train"]
+    item_ids, user_ids = pd.Index(items["item_id"]), pd.Index(sorted(train["user_id"].unique()))
+    rows, columns = user_ids.get_indexer(train["user_id"]), item_ids.get_indexer(train["item_id"])
+    indptr, indices, _ = to_csr(rows, columns, np.ones(len(rows)), len(user_ids))
+    titles = items["title"].tolist()
+    histories = [[titles[item] for item in chosen] for chosen in recent(indptr, indices, history)]
+    pairs = pairs[pairs["user_id"].isin(user_ids)]
+    return _Sample(titles, histories, user_ids.get_indexer(pairs["user_id"]), item_ids.get_indexer(pairs["item_id"]))
+
+
+def measure_speed(
+    items: int = 40,
+    *,
+    model: str = "smollm2",
+    history: int = 10,
+    dtype: Literal["float32", "bfloat16"] = "bfloat16",
+    batch_tokens: int = 8192,
+    device: str = "cpu",
+    rounds: int = 4,
+    seed: int = 7,
+) -> dict[str, Any]:
+    """Items a second of both ways, K = 20 users an item, and how many times faster text to distribution is.
+
+    The items are drawn from CiteULike's cold ones and the users are those that ColdLLM's released filter kept of them. Each
+    round times every way on its share of the sample, so that a machine that slows down slows all of them. With a shared
+    prefix, how many pairs share one decides the cost: that way is timed on all pairs of users drawn at random, as many
+    pairs as the others have, so that they share as on a night of all cold items.
+
+    Returns:
+        tables (one), seconds_an_item and ratio by way, tokens_an_item by way, stages (seconds an item), and the options.
+    """
+    data = _read(data_folder(), history)
+    rng = np.random.Generator(np.random.Philox(seed))
+    cold = np.unique(data.items)
+    chosen = rng.permutation(cold)[:items]
+    k = len(data.items) / len(cold)
+    directory = find_model(model).directory
+    options: dict[str, Any] = {"dtype": dtype, "batch_tokens": batch_tokens, "device": device}
+    asked = Judge(directory, **options)
+    encoder = asked.encoder  # one set of weights for both ways
+    scorer = _Scorer(encoder, len(data.histories), seed)
+    of_user = np.argsort(data.users, kind="stable")
+    starts = np.searchsorted(data.users[of_user], np.arange(len(data.histories) + 1))
+    by_user = rng.permutation(np.unique(data.users))
+    shared_pairs = np.cumsum([starts[u + 1] - starts[u] for u in by_user])
+    by_user = by_user[: 1 + int(np.searchsorted(shared_pairs, items * k))]
+    spent: dict[str, float] = {}
+    counted = {"shared": 0}
+
+    def timed(name: str, work: Callable[..., Any], *given: Any) -> Any:
+        begun = time.perf_counter()
+        result = work(*given)
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        spent[name] = spent.get(name, 0.0) + time.perf_counter() - begun
+        return result
+
+    # Warmed up: threads are started and kernels are chosen.
+    encoder.encode([data.titles[i] for i in chosen[:4]])
+    asked.score(data.histories, data.titles, data.users[:2], data.items[:2])
+    scorer.top(np.zeros((1, encoder.width), np.float32))
+    for number in range(rounds):
+        part = chosen[number::rounds]
+        own = np.flatnonzero(np.isin(data.items, part))
+        group = np.concatenate([of_user[starts[u] : starts[u + 1]] for u in by_user[number::rounds]])
+        counted["shared"] += len(group)
+        texts = [data.titles[i] for i in part]
+        states = timed("encode", encoder.encode, texts)
+        timed("map and top-K", scorer.top, states)
+        timed("encode with a task", encoder.encode, [_TASK.format(title=text) for text in texts])
+        timed("filter", scorer.filter, states)
+        timed("judge", _score, asked, data, own, False)
+        timed("judge, shared", _score, asked, data, group, True)
+        log(f"judgment: round {number + 1} of {rounds}, {sum(spent.values()):.0f} s")
+    each = {name: seconds / len(chosen) for name, seconds in spent.items()}
+    each["judge, shared"] = k * spent["judge, shared"] / counted["shared"]
+    # ColdLLM's filter reads the item once, as FilterLLM does, before its towers.
+    judged = each["encode"] + each["filter"]
+    seconds = {
+        "distribution": each["encode"] + each["map and top-K"],
+        "distribution, task in the prompt": each["encode with a task"] + each["map and top-K"],
+        "judgment": judged + each["judge"],
+        "judgment, shared prefix": judged + each["judge, shared"],
+    }
+    tokens = _tokens(asked, encoder, data, chosen, k)
+    ratio = {name: value / seconds["distribution"] for name, value in seconds.items()}
+    rows = [[name, 1 / value, 1000 * value, tokens[name], ratio[name]] for name, value in seconds.items()]
+    note = (
+        f"{len(chosen)} cold items of CiteULike, K = {k:g}, {history} titles a user, {model} in {dtype} on {device}, "
+        f"{torch.get_num_threads()} threads, seed {seed}. The paper's ratio is {PAPER}. Of a judgment "
+        f"{100 * each['judge'] / seconds['judgment']:.1f} % is the judge."
+    )
+    columns = ["way", "items/s", "ms an item", "LLM tokens an item", "times the distribution's"]
+    return {
+        "tables": [table("Text to distribution against text to judgment", columns, rows, note)],
+        "seconds_an_item": seconds,
+        "ratio": ratio,
+        "ratio_same_prompt": seconds["judgment"] / seconds["distribution, task in the prompt"],
+        "ratio_same_prompt_shared": seconds["judgment, shared prefix"] / seconds["distribution, task in the prompt"],
+        "paper_ratio": PAPER,
+        "tokens_an_item": tokens,
+        "stages": each,
+        "items": len(chosen),
+        "k": k,
+        "history": history,
+        "pairs_of_shared": counted["shared"],
+        "users_of_shared": len(by_user),
+        "dtype": dtype,
+        "device": device,
+        "seed": seed,
+    }
+
+
+class _Scorer:
+    """FilterLLM's mapper and vocabulary, and ColdLLM's towers, of the right shapes; what their weights are costs nothing."""
+
+    def __init__(self, encoder: TextEncoder, users: int, seed: int) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.model = FilterLLM(Config(width=encoder.width, dimension=_WIDTH, users=users))
+            self.model.vocabulary.data.normal_()
+            self.towers = two_tower.TwoTower(encoder.width, two_tower.Options()).eval()
+            keys, bias = self.model.keys()
+            self.keys, self.bias = torch.from_numpy(keys), torch.from_numpy(bias) if bias is not None else None
+            # As FilterLLM's vocabulary, the users' vectors are there before the night.
+            self.users = torch.randn(users, two_tower.Options().dimension)
+
+    def top(self, states: np.ndarray) -> None:
+        top_k(torch.from_numpy(self.model.queries(states)), self.keys, 20, bias=self.bias)
+
+    def filter(self, states: np.ndarray) -> None:
+        top_k(self.towers.vectors(states, self.towers.item), self.users, 20)
+
+
+def _score(model: Judge, data: _Sample, pairs: Ints, share_prefix: bool) -> None:
+    model.score(data.histories, data.titles, data.users[pairs], data.items[pairs], share_prefix=share_prefix)
+
+
+def _tokens(model: Judge, encoder: TextEncoder, data: _Sample, chosen: Ints, k: float) -> dict[str, float]:
+    """What the language model reads an item, without padding; of the shared prefix, on a night of all cold items."""
+    cold = np.unique(data.items)
+    users = np.unique(data.users)
+    prefix = dict(zip(users, (len(model.prefix(data.histories[u])) for u in users), strict=True))
+    suffix = np.mean([len(model.suffix(data.titles[i])) for i in chosen])
+    own = np.flatnonzero(np.isin(data.items, chosen))
+    title = [len(ids) for ids in encoder.tokens([data.titles[i] for i in chosen])]
+    task = [len(ids) for ids in encoder.tokens([_TASK.format(title=data.titles[i]) for i in chosen])]
+    return {
+        "distribution": float(np.mean(title)),
+        "distribution, task in the prompt": float(np.mean(task)),
+        "judgment": float(np.mean(title) + k * (np.mean([prefix[data.users[p]] for p in own]) + suffix)),
+        "judgment, shared prefix": float(np.mean(title) + sum(prefix.values()) / len(cold) + k * suffix),
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--items", type=int, default=40, help="cold items, drawn (default: %(default)s)")
+    parser.add_argument("--history", type=int, default=10, help="titles a user (default: %(default)s)")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=7)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    return measure_speed(
+        args.items,
+        model=args.model,
+        history=args.history,
+        dtype=args.dtype,
+        device=args.device,
+        rounds=args.rounds,
+        seed=args.seed,
+    )
