@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests import small_llm
 from udfs.judgment import Judge, JudgmentError, Question
 from udfs.model_files import find_model
 
@@ -24,20 +25,7 @@ USERS, ITEMS = (np.array(side) for side in zip(*[(u, i) for u in (1, 0, 3, 2) fo
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LLaMA of random weights with a head of its own, and SmolLM2's tokenizer."""
-    folder = tmp_path_factory.mktemp("small")
-    config = LlamaConfig(
-        vocab_size=49152, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
-    for parameter in model.parameters():
-        parameter.data.mul_(5)  # so that attention attends to something
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(find_model("smollm2").directory).save_pretrained(folder)
-    return folder
+    return small_llm.build(tmp_path_factory.mktemp("small"))
 
 
 def oracle(directory: Path, judge: Judge, users: np.ndarray, items: np.ndarray) -> np.ndarray:
