@@ -244,16 +244,16 @@ class _Scorer:
     def __init__(self, encoder: TextEncoder, users: int, seed: int) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.model = FilterLLM(Config(width=encoder.width, dimension=_WIDTH, users=users))
+            self.model = FilterLLM(Config(width=encoder.width, dimension=_WIDTH, users=users)).to(encoder.device)
             self.model.vocabulary.data.normal_()
-            self.towers = two_tower.TwoTower(encoder.width, two_tower.Options()).eval()
-            keys, bias = self.model.keys()
-            self.keys, self.bias = torch.from_numpy(keys), torch.from_numpy(bias) if bias is not None else None
+            self.towers = two_tower.TwoTower(encoder.width, two_tower.Options()).to(encoder.device).eval()
             # As FilterLLM's vocabulary, the users' vectors are there before the night.
-            self.users = torch.randn(users, two_tower.Options().dimension)
+            self.users = torch.randn(users, two_tower.Options().dimension).to(encoder.device)
 
     def top(self, states: np.ndarray) -> None:
-        top_k(torch.from_numpy(self.model.queries(states)), self.keys, 20, bias=self.bias)
+        keys, bias = self.model.vocabulary.detach(), self.model.bias
+        queries = torch.from_numpy(self.model.queries(states)).to(keys.device)
+        top_k(queries, keys, 20, bias=None if bias is None else bias.detach())
 
     def filter(self, states: np.ndarray) -> None:
         top_k(self.towers.vectors(states, self.towers.item), self.users, 20)
