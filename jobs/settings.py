@@ -56,6 +56,7 @@ class Text(_Section):
     """The language model and how it is run over item texts."""
 
     model: str = Field("minilm", description="minilm, smollm2, a directory or a hub id")
+    also: tuple[str, ...] = Field((), description="further models: their vectors are set beside the first's")
     sha256: str | None = Field(None, description="what model.safetensors must hash to; known for minilm and smollm2")
     pooling: Literal["auto", "mean", "last_token", "cls"] = "auto"
     prompt: str = Field("{content}", description="{title} and {content} stand for the item's fields")
@@ -208,6 +209,8 @@ class Settings(_Section):
     def _consistent(self) -> Settings:
         if self.refresh.users is not None and self.refresh.users > self.sampling.k:
             raise ValueError(f"refresh.users ({self.refresh.users}) is more than sampling.k ({self.sampling.k})")
+        if self.filterllm.lora and self.text.also:
+            raise ValueError("filterllm.lora trains one language model: leave text.also empty")
         if self.evaluate.protocol == "random_item" and self.snapshot.split is None:
             raise ValueError("evaluate.protocol random_item needs snapshot.split")
         return self

@@ -35,11 +35,11 @@ class TextEmbeddingsError(ColdRefreshError):
     """A text's vector is missing, or vectors do not fit together: the message says how many and the remedy."""
 
 
-def encoder_spec(text: Text) -> EncoderSpec:
-    """The model that the settings name, as workers and `udfs.text_encoder.TextEncoder` want it."""
+def encoder_spec(text: Text, also: str | None = None) -> EncoderSpec:
+    """The model that the settings name, or `also`, one of text.also, as workers and `udfs.text_encoder.TextEncoder` want it."""
     return EncoderSpec(
-        model=text.model,
-        sha256=text.sha256,
+        model=also or text.model,
+        sha256=None if also else text.sha256,
         pooling=text.pooling,
         max_tokens=text.max_tokens,
         batch_tokens=text.batch_tokens,
@@ -48,53 +48,68 @@ def encoder_spec(text: Text) -> EncoderSpec:
     )
 
 
+def _specs(text: Text) -> list[EncoderSpec]:
+    return [encoder_spec(text), *(encoder_spec(text, name) for name in text.also)]
+
+
 def model_version(text: Text) -> str:
     """The version of the embeddings that these settings give; the weights are hashed, not loaded.
 
+    Of several models it is theirs with a + between: the name of no row, but what `load` takes.
+
     Raises:
-        udfs.model_files.ModelError: the model is missing or is not the expected one.
+        udfs.model_files.ModelError: a model is missing or is not the expected one.
     """
-    return encoder_spec(text).resolve().version
+    return "+".join(spec.resolve().version for spec in _specs(text))
 
 
 def run(run: Run, out: Staging) -> dict[str, Any]:
-    """Facts: model_version, width, texts (distinct), encoded (now), cached (before).
+    """Facts: model_version, width, texts (distinct), and of all models together encoded (now), cached (before).
 
     Raises:
-        udfs.model_files.ModelError: the model is missing or is not the expected one.
+        udfs.model_files.ModelError: a model is missing or is not the expected one.
         jobs.ray_cluster.ClusterError, udfs.actor_pool.WorkerError: Ray or a worker failed.
         TextEmbeddingsError: vectors are missing after all.
     """
-    model = encoder_spec(run.settings.text).resolve()
-    version = model.version
+    specs = _specs(run.settings.text)
+    models = [spec.resolve() for spec in specs]
     wanted = _distinct(run.staging("snapshot").read("items_labelled", ["text_sha256"])["text_sha256"])
+    encoded = sum(_complete(run, spec, model.version, wanted) for spec, model in zip(specs, models, strict=True))
+    return {
+        "model_version": "+".join(model.version for model in models),
+        "width": sum(model.width for model in models),
+        "texts": len(wanted),
+        "encoded": encoded,
+        "cached": len(models) * len(wanted) - encoded,
+    }
+
+
+def _complete(run: Run, spec: EncoderSpec, version: str, wanted: pa.Array) -> int:
+    """Encode those of the texts `wanted` that the table lacks under `version`; how many they were."""
     cache = _Cache.open(run.lake, version)
     pending = wanted.filter(pc.invert(pc.is_in(wanted, value_set=cache.shas))) if len(wanted) else wanted
-    if len(pending):
-        _encode(run, version, cache, pending)
-        cache = _Cache.open(run.lake, version)
-        lost = len(wanted) - pc.sum(pc.is_in(wanted, value_set=cache.shas)).as_py()
-        if lost:
-            raise TextEmbeddingsError(f"table '{TABLE}' lacks {lost} of {len(wanted)} texts of {version}; run again")
-    else:
+    if not len(pending):
         log(f"[{TABLE}] all {len(wanted)} texts have their vectors under {version}: nothing is encoded")
-    return {
-        "model_version": version,
-        "width": model.width,
-        "texts": len(wanted),
-        "encoded": len(pending),
-        "cached": len(wanted) - len(pending),
-    }
+        return 0
+    _encode(run, spec, version, cache, pending)
+    cache = _Cache.open(run.lake, version)
+    lost = len(wanted) - pc.sum(pc.is_in(wanted, value_set=cache.shas)).as_py()
+    if lost:
+        raise TextEmbeddingsError(f"table '{TABLE}' lacks {lost} of {len(wanted)} texts of {version}; run again")
+    return len(pending)
 
 
 def load(run: Run, shas: list[str], model_version: str) -> np.ndarray:
     """The vectors of texts, [len(shas), width] float32, in the order of `shas` (which may repeat).
 
-    The table is streamed: beside the result, one batch of it is in memory. Of no texts: [0, 0].
+    Of several models ("a+b") the vectors of each stand one behind the other. The table is streamed: beside the result, one
+    batch of it is in memory. Of no texts: [0, 0].
 
     Raises:
         TextEmbeddingsError: a text has no vector under `model_version`, or vectors differ in width.
     """
+    if "+" in model_version:
+        return np.concatenate([load(run, shas, version) for version in model_version.split("+")], axis=1)
     asked = pa.array(shas, pa.string())
     names = asked.unique()
     vectors, seen = np.empty((len(names), 0), np.float32), np.zeros(len(names), bool)
@@ -151,7 +166,7 @@ class _Cache:
         return [0 if number is None else number + 1 for number in done]
 
 
-def _encode(run: Run, version: str, cache: _Cache, pending: pa.Array) -> None:
+def _encode(run: Run, spec: EncoderSpec, version: str, cache: _Cache, pending: pa.Array) -> None:
     """Encode and commit the texts whose hashes are `pending` (sorted)."""
     text, ray = run.settings.text, run.settings.ray
     size = text.shard_texts
@@ -160,7 +175,7 @@ def _encode(run: Run, version: str, cache: _Cache, pending: pa.Array) -> None:
     sequences = cache.sequences(apps)
     content = _texts(run.staging("snapshot"), pending, text.max_tokens)
     log(f"[{TABLE}] {len(pending)} texts in {len(shards)} shards through {version}")
-    worker = (encoder_spec(text), version, "cuda" if ray.gpus_per_actor > 0 else "cpu")
+    worker = (spec, version, "cuda" if ray.gpus_per_actor > 0 else "cpu")
     actors = min(ray.actors, len(shards))
     lists = (content.slice(start, size).to_pylist() for start in range(0, len(pending), size))
     with cluster(ray), Progress(TABLE, len(pending), "texts") as progress:

@@ -157,6 +157,20 @@ def test_rows_that_stand_twice_do_no_harm(tmp_path: Path) -> None:
         text_embeddings.load(run, shas, version)
 
 
+def test_vectors_of_several_models_stand_side_by_side(tmp_path: Path) -> None:
+    alone = staged(run_of(tmp_path / "lake"), TEXTS[:3])
+    encode(alone)
+    both = staged(run_of(tmp_path / "lake", also=("smollm2",)), TEXTS[:3])
+    facts = encode(both)
+    assert facts == {**facts, "width": 384 + 576, "texts": 3, "encoded": 3, "cached": 3}  # MiniLM's are there
+    assert facts["model_version"] == text_embeddings.model_version(both.settings.text)
+    shas = [sha(t) for t in TEXTS[:3]]
+    found = text_embeddings.load(both, shas[::-1], str(facts["model_version"]))
+    first, second = str(facts["model_version"]).split("+")
+    np.testing.assert_array_equal(found[:, :384], text_embeddings.load(alone, shas[::-1], first))
+    np.testing.assert_array_equal(found[:, 384:], text_embeddings.load(alone, shas[::-1], second))
+
+
 def test_a_model_that_is_missing_or_another_one_stops_before_ray(tmp_path: Path) -> None:
     run = staged(run_of(tmp_path / "lake", model=str(tmp_path / "nowhere")), TEXTS)
     with pytest.raises(ModelError, match="no such directory"):
