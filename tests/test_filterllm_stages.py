@@ -243,10 +243,12 @@ def test_items_without_any_text_and_strangers_only_are_clear_errors(lake: Path) 
 
 
 def test_with_lora_cold_texts_go_through_the_trained_model(lake: Path) -> None:
-    run = night(lake, filterllm={"lora": True, "epochs": 2, "batch_size": 48})
+    conf = {"lora": True, "lora_targets": "all_linear", "vocabulary": "llm", "epochs": 2, "batch_size": 48}
+    run = night(lake, filterllm=conf)
     facts, sampled = score(run)
     trained = run.staging("filterllm_train").facts()
     assert trained["encoder_version"] == f"lora-{facts['model_version']}"
+    assert load_model(run, facts["model_version"]).config.dimension == 384
     assert sampled.num_rows == 120
     shas = run.staging("snapshot").read("items_labelled")
     shas = shas.filter(pc.equal(shas["label"], "cold"))["text_sha256"].to_pylist()
@@ -256,7 +258,7 @@ def test_with_lora_cold_texts_go_through_the_trained_model(lake: Path) -> None:
     assert np.abs(adapted - frozen).max() < 1.0
 
 
-# --- Training over Ray Train's workers
+# --- Killed trainings, and training over Ray Train's workers
 
 
 def _fit(run: Run) -> dict[str, np.ndarray]:
@@ -270,6 +272,28 @@ def _fit(run: Run) -> dict[str, np.ndarray]:
     # So that the next one is trained, too.
     artifact.clear()
     return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
+def test_a_killed_stage_goes_on_from_its_checkpoint(lake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    conf = {"epochs": 5, "lora_rank": 4}
+    expected = _fit(night(lake, filterllm=conf))
+    run = night(lake, filterllm=conf)
+    told: list[str] = []
+
+    def log(line: str) -> None:
+        told.append(line)
+        if line.startswith("[filterllm_train] epoch 3/"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(filterllm_train, "log", log)
+    with pytest.raises(KeyboardInterrupt):
+        execute(run, "filterllm_train", filterllm_train.run)
+    monkeypatch.setattr(filterllm_train, "log", told.append)
+    found = _fit(run)
+    assert "[filterllm_train] goes on behind epoch 2, which was saved" in told
+    assert len([line for line in told if " epoch " in line and "loss" in line]) == 3 + 3
+    for name, tensor in expected.items():
+        assert np.array_equal(found[name], tensor), name
 
 
 def _kill_first_worker(checkpoints: Path, epoch: int) -> None:
