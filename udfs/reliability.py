@@ -3,7 +3,8 @@
 Pairs (item, user) are put into bins by the predicted p(u | i), of equal width on a logarithmic axis. An item with n known users
 has the observed share q_iu = 1 / n for each of them and 0 for everybody else; q is a distribution over users, as p is. If p is
 calibrated, the mean of q in a bin is the mean of p in it (Guo et al. 2017, "On Calibration of Modern Neural Networks", for
-classes). Users pass by in tiles: items x users never exists as a whole.
+classes), up to chance: bins of high p hold few pairs, and no share is above 1 / n. Users pass by in tiles: items x users never
+exists as a whole.
 """
 
 from __future__ import annotations

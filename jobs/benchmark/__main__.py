@@ -24,7 +24,6 @@ from schemas.errors import ColdRefreshError
 SUBJECTS = {
     "speed": "scoring, training step, encoding and text-to-judgment: time, peak memory, ratios",
     "judgment": "text to distribution against text to judgment alone, with all its options",
-    "judgment": "text to distribution against text to judgment alone, with its options",
     "quality": "Recall and NDCG of every method on the papers' data sets, mean and spread over seeds",
 }
 
