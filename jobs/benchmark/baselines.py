@@ -1,0 +1,108 @@
+"""What FilterLLM is compared with on a night: other vectors for the cold items, in the space of the night's users.
+
+Each takes the night and the part it is measured on, and returns [cold items, d] float32 in the catalog's order, or None where
+cold items get no vector. What must be tuned is tuned on the validation part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from jobs.benchmark import judgment
+from jobs.benchmark.datasets import data_folder
+from jobs.run import log
+from schemas.errors import ColdRefreshError
+from udfs.fold_in import fold_in, to_csr
+
+if TYPE_CHECKING:
+    from jobs.benchmark.quality import Measured
+
+_RIDGES = (0.1, 1.0, 10.0, 100.0)
+_INTERACTIONS = (2.0, 5.0, 15.0)
+
+
+def cf_on_warm_only(night: Measured, part: str) -> None:
+    """Cold items have no vector: what CF alone does."""
+
+
+def tfidf_ridge(night: Measured, part: str) -> np.ndarray:
+    """TF-IDF of the text -> CF vector, by ridge regression on the warm items: no language model."""
+    from sklearn.linear_model import Ridge
+
+    catalog, systems = night.catalog, night.systems
+    warm = ~catalog.cold & systems.items_known
+
+    def fitted(ridge: float) -> np.ndarray:
+        # The normal equations of as many items as words are solved by conjugate gradients.
+        model = Ridge(alpha=ridge, solver="sparse_cg", tol=1e-3, fit_intercept=False)
+        model.fit(systems.texts[warm], systems.items[warm])
+        return np.asarray(model.predict(systems.texts[catalog.cold]), np.float32)
+
+    return _tuned(night, {ridge: fitted(ridge) for ridge in _RIDGES}, "tfidf_ridge")
+
+
+def coldllm(night: Measured, part: str) -> np.ndarray:
+    """ColdLLM's released simulated interactions of CiteULike (the pairs its language model said Yes to), folded in."""
+    if "citeulike" not in str(night.run.lake.uri):
+        raise ColdRefreshError("ColdLLM's simulated interactions are released for citeulike-a only")
+    pairs = pd.read_parquet(data_folder("citeulike-a") / "coldllm_refine.parquet")
+    pairs = pairs[pairs["answer"] == "Yes"] if "answer" in pairs else pairs
+    users = pd.Index(night.catalog.user_ids).get_indexer(pd.Index(pairs["user_id"].astype(str)))
+    cold = np.flatnonzero(night.catalog.cold)
+    items = pd.Index([night.catalog.item_ids[i] for i in cold]).get_indexer(pd.Index(pairs["item_id"].astype(str)))
+    there = (users >= 0) & (items >= 0)
+    return _folded(night, users[there], items[there], np.ones(int(there.sum())), len(cold), "coldllm")
+
+
+def text_to_judgment(night: Measured, part: str) -> np.ndarray:
+    """ColdLLM's way with the project's own language model: two towers keep 20 users, SmolLM2 says Yes or No to each."""
+    from jobs import text_embeddings
+
+    catalog = night.catalog
+    cold = np.flatnonzero(catalog.cold)
+    trained = night.run.staging("filterllm_train").facts()
+    states = text_embeddings.load(night.run, [str(sha) for sha in catalog.text_sha256], trained["encoder_version"])
+    history = catalog.history.tocsr()
+    indptr, indices = history.indptr.astype(np.int64), history.indices.astype(np.int64)
+    users = judgment.candidates(states, indptr, indices, cold)
+    options = judgment.JudgeOptions(seed=night.run.settings.seed, dtype="bfloat16")
+    titles = [text or "" for text in catalog.texts]
+    yes, facts = judgment.judge(titles, indptr, indices, cold, users, options)
+    log(f"[benchmark] judgment: {facts}")
+    rows = np.repeat(np.arange(len(cold)), users.shape[1])
+    return _folded(night, users.ravel(), rows, yes.ravel().astype(np.float64), len(cold), "text_to_judgment")
+
+
+BASELINES: dict[str, Callable[[Any, str], np.ndarray | None]] = {
+    "CF on warm items only": cf_on_warm_only,
+    "TF-IDF ridge to the CF space": tfidf_ridge,
+    "ColdLLM 7B's released interactions": coldllm,
+    "text to judgment (SmolLM2)": text_to_judgment,
+}
+
+
+def _folded(night: Measured, users: np.ndarray, rows: np.ndarray, weights: np.ndarray, n: int, name: str) -> np.ndarray:
+    """Pairs (user, row of a cold item) folded in as a night folds in its own, counting together as tuned."""
+    total = np.bincount(rows, weights, minlength=n)[rows]
+    facts = night.run.artifact("spaces", night.run.staging("cf").facts()["space_version"]).facts()
+
+    def at(interactions: float) -> np.ndarray:
+        indptr, columns, shares = to_csr(rows, users, interactions * weights / total, n)
+        known = {"alpha": facts["alpha"], "regularization": facts["regularization"], "scale": facts["item_scale"]}
+        return fold_in(night.systems.users, indptr, columns, np.ones(len(columns)), shares=shares, **known)
+
+    return _tuned(night, {interactions: at(interactions) for interactions in _INTERACTIONS}, name)
+
+
+def _tuned(night: Measured, options: dict[float, np.ndarray], name: str) -> np.ndarray:
+    """The vectors that rank best on the validation part (overall); of the first option where there is none."""
+    if "val" not in night.parts:
+        return next(iter(options.values()))
+    scores = {key: night.vectors("val", vectors).get("overall ndcg@20", 0.0) for key, vectors in options.items()}
+    best = max(scores, key=lambda key: scores[key])
+    log(f"[benchmark] {name}: {best:g} is best on the validation part of {scores}")
+    return options[best]

@@ -1,0 +1,88 @@
+"""The data sets of the quality benchmark, each as a lake of its own under the benchmark's working folder.
+
+citeulike and the Amazon sets are folders of a data folder ($COLD_REFRESH_DATA, or ../shared/data) and hold
+interactions.parquet and items.parquet; complete-journey comes with the package of the demo. CiteULike has FilterLLM's own
+split; the Amazon sets are split by items with SPLIT_SEED (udfs/splits.py), Complete Journey by time.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import pandas as pd
+
+from jobs.formats.contract import Request
+from jobs.ingest import ingest
+from jobs.lake import Lake
+from jobs.run import log
+from schemas.errors import ColdRefreshError
+from udfs import splits
+
+#: One split for all seeds of training: the spread is that of training, not of the luck of the split.
+SPLIT_SEED = 2026
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Which settings a data set has, and on what dates it is measured.
+
+    conf: a file of conf/. run_date: of the test; a split by time has no validation part, and is tuned on an earlier date.
+    """
+
+    name: str
+    conf: str
+    run_date: date = date(2026, 1, 1)
+
+
+DATA_SETS = {
+    one.name: one
+    for one in (
+        DataSet("citeulike-a", "conf/citeulike.yaml"),
+        DataSet("amazon-beauty", "conf/amazon.yaml"),
+        DataSet("amazon-games", "conf/amazon.yaml"),
+        DataSet("complete-journey", "conf/demo.yaml", date(2017, 11, 1)),
+    )
+}
+
+
+def data_folder(name: str) -> Path:
+    """The folder of the data set `name`.
+
+    Raises:
+        ColdRefreshError: it is not there.
+    """
+    folder = Path(os.environ.get("COLD_REFRESH_DATA") or "../shared/data") / name
+    if not (folder / "interactions.parquet").is_file():
+        raise ColdRefreshError(f"{folder} holds no interactions.parquet: name the data folder in COLD_REFRESH_DATA")
+    return folder
+
+
+def lake_of(data: DataSet, work: Path) -> str:
+    """The lake of `data` under `work`; ingested if it is not there yet.
+
+    Raises:
+        ColdRefreshError: the data set's files are not there, or cannot be read.
+    """
+    lake = Lake(str(work / data.name), {})
+    if data.name == "complete-journey":
+        name, request = data.name, Request()
+    elif data.name == "citeulike-a":
+        name, request = "citeulike", Request(source=data_folder(data.name))
+    else:
+        name, request = "parquet", Request(source=data_folder(data.name), split=_split(data, work))
+    if not lake.exists("interactions"):
+        log(f"[benchmark] reading {data.name} into {lake.uri}")
+        ingest(name, request, lake)
+    return lake.uri
+
+
+def _split(data: DataSet, work: Path) -> Path:
+    target = work / f"{data.name}-split.parquet"
+    if not target.exists():
+        pairs = pd.read_parquet(data_folder(data.name) / "interactions.parquet", columns=["user_id", "item_id"])
+        work.mkdir(parents=True, exist_ok=True)
+        splits.random_item(pairs.astype(str), SPLIT_SEED).to_parquet(target)
+    return target

@@ -1,0 +1,222 @@
+"""Quality of every method on a data set: NDCG and recall at 20 of what rankers would read, mean and spread over seeds.
+
+    python -m jobs.benchmark quality --dataset citeulike-a --seeds 7 8 9 --encoder mpnet=FOLDER
+
+Columns: overall, cold and warm from the refreshed user and item embeddings of a night, and cold from the distribution p(u|i)
+itself. A setting is chosen by the validation part (it is in the JSON as `val`); the table is of the test part. What is done
+is kept under --work, so the command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+
+from jobs import settings as conf
+from jobs import truth
+from jobs.benchmark.baselines import BASELINES
+from jobs.benchmark.datasets import DATA_SETS, DataSet, lake_of
+from jobs.benchmark.quality_rows import FILTERLLM, ROWS, Row, overrides
+from jobs.benchmark.table import mean_and_spread, table
+from jobs.evaluate import Systems
+from jobs.run import Run, execute, log, open_run, parse_run_date
+from jobs.truth import Catalog, Truth
+from schemas.errors import ColdRefreshError
+from udfs.ranking_metrics import Scorer, Task, per_user
+
+_STAGES = ("snapshot", "text_embeddings", "cf", "filterllm_train", "filterllm_score", "refresh")
+_SPLITS = ("overall", "cold", "warm")
+_COLUMNS = (*(f"{split} {metric}" for metric in ("ndcg@20", "recall@20") for split in _SPLITS), "distribution ndcg@20")
+_FLOORS = ("random", "popularity", "text_knn")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dataset", choices=list(DATA_SETS), nargs="+", default=["citeulike-a"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9])
+    parser.add_argument("--rows", nargs="+", help="only these rows (names as in the table, or a beginning of them)")
+    parser.add_argument("--encoder", action="append", default=[], metavar="NAME=FOLDER", help="such as mpnet=FOLDER")
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="for all rows"
+    )
+    parser.add_argument("--run-date", help="another than the data set's: to tune Complete Journey on an earlier one")
+    parser.add_argument("--work", default=".cache/benchmark/quality", help="lakes and results (default: %(default)s)")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A night whose refreshed embeddings are staged, with the tasks of its test and validation parts."""
+
+    run: Run
+    catalog: Catalog
+    parts: dict[str, Truth]
+    systems: Systems
+
+    def metrics(self, part: str, scorers: dict[str, Scorer | None]) -> dict[str, float]:
+        """Of one scorer a split (None: the split has no figure)."""
+        found: dict[str, float] = {}
+        for split, task in self.parts[part].tasks.items():
+            scorer = scorers.get(split)
+            if scorer is not None:
+                values = per_user(scorer, task, (20,))
+                found |= {f"{split} {name}": float(value.mean()) for name, value in values.items()}
+        return found
+
+    def published(self, part: str) -> dict[str, float]:
+        """The refreshed embeddings, and the distribution on cold items."""
+        named: dict[str, dict[str, Scorer | None]] = {}
+        for split, task in self.parts[part].tasks.items():
+            for name, scorer in self.systems.of(split, task):
+                if name in ("published", "distribution"):
+                    named.setdefault(name, {})[split] = scorer
+        found = self.metrics(part, named["published"])
+        of_cold = self.metrics(part, named.get("distribution", {}))
+        return found | {f"distribution {name.removeprefix('cold ')}": value for name, value in of_cold.items()}
+
+    def floor(self, part: str, name: str) -> dict[str, float]:
+        tasks = self.parts[part].tasks
+        return self.metrics(part, {split: dict(self.systems.of(split, task))[name] for split, task in tasks.items()})
+
+    def vectors(self, part: str, cold: np.ndarray | None) -> dict[str, float]:
+        """The warm items as they are and other vectors [cold items, d], in the catalog's order; None: cold have none."""
+        items = self.systems.items.copy()
+        items[self.catalog.cold] = np.nan if cold is None else cold
+        users, known = self.systems.users, self.systems.users_known
+
+        def scorer(task: Task) -> Scorer:
+            from udfs.scorers import dot_scorer
+
+            there = self.systems.items_known[task.candidates] | self.catalog.cold[task.candidates]
+            vectors = np.where(there[:, None], items[task.candidates], np.float32(np.nan))
+            return dot_scorer(users, vectors, task.candidates, known)
+
+        return self.metrics(part, {split: scorer(task) for split, task in self.parts[part].tasks.items()})
+
+
+def measure(data: DataSet, lake: str, seed: int, given: list[str]) -> Measured:
+    """Run the night's stages up to refresh with these overrides, and read the truth."""
+    settings = conf.load(data.conf, [*given, f"seed={seed}", f"lake={lake}"])
+    run = open_run(settings, data.run_date)
+    for name in _STAGES:
+        execute(run, name, importlib.import_module(f"jobs.{name}").run)
+    catalog = truth.catalog(run)
+    parts = {}
+    for part in ("test", "val"):
+        if settings.evaluate.protocol != "random_item" and part == "val":
+            continue
+        evaluate = settings.evaluate.model_copy(update={"part": part})
+        parts[part] = truth.read(replace(run, settings=settings.model_copy(update={"evaluate": evaluate})), catalog)
+    staged = run.staging("refresh")
+    users, items = staged.read("user_embeddings"), staged.read("item_embeddings")
+    return Measured(run, catalog, parts, Systems(run, catalog, users, items, run.staging("filterllm_train").facts()))
+
+
+class _Results:
+    """One JSON file a (row, seed) of these settings: what is there is not computed again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def _path(self, name: str, seed: int, given: list[str], data: DataSet) -> Path:
+        body = json.dumps([name, seed, given, Path(data.conf).read_text(), data.run_date.isoformat()])
+        plain = "".join(c if c.isalnum() else "-" for c in name)
+        return self.folder / f"{plain}-{seed}-{hashlib.sha256(body.encode()).hexdigest()[:8]}.json"
+
+    def get(self, name: str, seed: int, given: list[str], data: DataSet) -> dict[str, Any] | None:
+        path = self._path(name, seed, given, data)
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def put(self, name: str, seed: int, given: list[str], data: DataSet, found: dict[str, Any]) -> None:
+        path = self._path(name, seed, given, data)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(found, indent=1))
+        part.rename(path)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    encoders = dict(pair.split("=", 1) for pair in args.encoder)
+    known = [row.name for row in ROWS] + [*_FLOORS, *BASELINES]
+    unknown = [name for name in args.rows or [] if not any(row.startswith(name) for row in known)]
+    if unknown:
+        raise ColdRefreshError(f"--rows {unknown}: there are {known}")
+    work = Path(args.work)
+    tables, results = [], {}
+    for name in args.dataset:
+        data = DATA_SETS[name]
+        if args.run_date:
+            data = replace(data, run_date=parse_run_date(args.run_date))
+        lake = lake_of(data, work)
+        found = {}
+        for row in _wanted(args.rows, encoders):
+            found[row.name] = _row(row, data, lake, args, encoders, work)
+        results[name] = found
+        tables.append(_table(data, found, args.seeds))
+    return {"tables": tables, "results": results}
+
+
+def _wanted(only: list[str] | None, encoders: dict[str, str]) -> Iterator[Row]:
+    for row in (*(Row(name) for name in (*_FLOORS, *BASELINES)), *ROWS):
+        if only and not any(row.name.startswith(name) for name in only):
+            continue
+        if overrides(row, encoders) is None:
+            log(f"[benchmark] {row.name}: left out, no --encoder {row.encoders}")
+            continue
+        yield row
+
+
+def _row(
+    row: Row, data: DataSet, lake: str, args: argparse.Namespace, encoders: dict[str, str], work: Path
+) -> list[dict[str, Any]]:
+    """{seed, seconds, test, val} of each seed."""
+    given = [*args.overrides, *(overrides(row, encoders) or [])]
+    kept = _Results(work / "results" / data.name)
+    found = []
+    for seed in args.seeds:
+        one = kept.get(row.name, seed, given, data)
+        if one is None:
+            begun = time.perf_counter()
+            log(f"[benchmark] {data.name}, {row.name}, seed {seed}")
+            measured = measure(data, lake, seed, given)
+            one = {"seed": seed}
+            for part in measured.parts:
+                if row.name in _FLOORS:
+                    one[part] = measured.floor(part, row.name)
+                elif row.name in BASELINES:
+                    one[part] = measured.vectors(part, BASELINES[row.name](measured, part))
+                else:
+                    one[part] = measured.published(part)
+            one["seconds"] = round(time.perf_counter() - begun, 1)
+            kept.put(row.name, seed, given, data, one)
+        log(f"[benchmark] {data.name}, {row.name}, seed {seed}: {_brief(one)}")
+        found.append(one)
+    return found
+
+
+def _brief(one: dict[str, Any]) -> str:
+    parts = (part for part in ("val", "test") if part in one)
+    return "; ".join(f"{p} " + " ".join(f"{k} {v:.4f}" for k, v in one[p].items() if "ndcg" in k) for p in parts)
+
+
+def _table(data: DataSet, found: dict[str, list[dict[str, Any]]], seeds: list[int]) -> dict[str, Any]:
+    rows = []
+    for name, seeded in found.items():
+        cells = [[one["test"][column] for one in seeded if column in one["test"]] for column in _COLUMNS]
+        rows.append([name, *(mean_and_spread(values) or None for values in cells)])
+    note = (
+        f"Test part, {data.conf}, seeds {seeds}; mean ± standard deviation. FilterLLM's row is the conf as it stands, rows "
+        f"below it change what they name. Mean seconds of {FILTERLLM.name}: "
+        f"{mean([one['seconds'] for one in found[FILTERLLM.name]]):.0f}."
+        if FILTERLLM.name in found
+        else f"Test part, {data.conf}, seeds {seeds}; mean ± standard deviation."
+    )
+    return table(f"Quality on {data.name}", ["method", *_COLUMNS], rows, note)
