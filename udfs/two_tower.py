@@ -24,7 +24,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Options:
-    """hidden and dimension are the paper's; a learning rate, batch and number of epochs it does not state."""
+    """hidden and dimension are the paper's; the others are this project's, and not tuned."""
 
     hidden: int = 2048
     dimension: int = 200
