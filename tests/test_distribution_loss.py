@@ -53,6 +53,22 @@ def test_kept_and_recomputed_tiles_give_the_same_gradients_twice(monkeypatch):
             torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
 
 
+def test_threads_change_no_bit(monkeypatch):
+    monkeypatch.setattr(distribution_loss, "_CELLS", {"cpu": 0})
+    hidden, vocabulary, bias, indptr, users, _ = _case(users=2000, dtype=torch.float32)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            leaves = [t.clone().requires_grad_() for t in (hidden, vocabulary, bias)]
+            value = loss(leaves[0], leaves[1], indptr, users, leaves[2], chunk=1000)
+            results.append([value.detach(), *torch.autograd.grad(value.sum(), leaves)])
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 def test_gradcheck():
     hidden, vocabulary, bias, indptr, users, _ = _case(items=3, users=11, d=4)
     leaves = [t.requires_grad_() for t in (hidden, vocabulary, bias)]
@@ -66,7 +82,7 @@ def test_float32_is_close_to_float64_at_large_logits():
     torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-3)
 
 
-def test_logits_of_all_users_never_exist():
+def test_logits_of_all_users_never_exist(monkeypatch):
     hidden, vocabulary, bias, indptr, users, _ = _case(users=4000)
     seen = []
 
@@ -78,6 +94,7 @@ def test_logits_of_all_users_never_exist():
             return result
 
     leaves = [t.requires_grad_() for t in (hidden, vocabulary, bias)]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # a dispatch mode sees its own thread only
     with Shapes():
         loss(leaves[0], leaves[1], indptr, users, leaves[2], chunk=500).sum().backward()
     # The largest tensor is the vocabulary's gradient [4000, 7]; logits would have been [9, 4000].

@@ -117,6 +117,7 @@ def test_items_do_not_influence_each_other(case):
     queries, keys, bias, _ = case
     whole = top_k(queries, keys, 20, bias=bias)
     alone = top_k(queries[137:138], keys, 20, bias=bias, tile=64)
+    assert torch.equal(whole.lse, top_k(queries, keys, 20, bias=bias).lse)
     assert torch.equal(whole.users[137:138], alone.users)
     assert torch.equal(whole.logits[137:138], alone.logits)
 
@@ -141,8 +142,13 @@ def test_items_by_users_never_exists(case):
                 largest = max(largest, result.numel())
             return result
 
-    with Shapes():
-        top_k(queries, keys, 5, bias=bias, allowed=allowed, tile=64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # a dispatch mode sees its own thread only
+    try:
+        with Shapes():
+            top_k(queries, keys, 5, bias=bias, allowed=allowed, tile=64)
+    finally:
+        torch.set_num_threads(before)
     # Larger than a tile of a block of items are only the candidates' vectors.
     assert largest <= streaming_topk._ROWS["cpu"] * max(
         64 + 5 + streaming_topk._MARGIN, D * (5 + streaming_topk._MARGIN)

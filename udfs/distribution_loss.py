@@ -9,12 +9,17 @@ exist; memory is [items, chunk].
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from udfs.threads import in_threads
+
 # Logits of a tile: on a CPU what stays in its cache.
-_CELLS = {"cpu": 2**20, "cuda": 2**26}
+_CELLS = {"cpu": 2**19, "cuda": 2**26}
+# Tiles are worked on in as many groups, by the threads that there are.
+_GROUPS = 16
 
 
 class _DistributionLoss(torch.autograd.Function):
@@ -40,23 +45,30 @@ class _DistributionLoss(torch.autograd.Function):
         )  # as many tiles, of one size but for the last user or so
         starts = torch.arange(0, len(vocabulary) + width, width, device=users.device)
         cuts = torch.searchsorted(users, starts).tolist()
-        lse = hidden.new_full((len(hidden),), -torch.inf)
         positive = hidden.new_empty(len(users))
-        kept, shifts = [], []
-        spare = None
-        for number, start in enumerate(range(0, len(vocabulary), width)):
-            to_keep = keep and start + width <= chunk
-            tile = _logits(hidden, vocabulary, bias, start, width, None if to_keep else spare)
-            of_tile = slice(cuts[number], cuts[number + 1])
-            positive[order[of_tile]] = tile[rows[of_tile], users[of_tile] - start]
-            shift = tile.amax(dim=1)
-            lse = torch.logaddexp(lse, tile.sub_(shift[:, None]).exp_().sum(dim=1).log_().add_(shift))
-            if to_keep:
-                kept.append(tile)
-                shifts.append(shift)
-            else:
-                spare = tile
-        ctx.save_for_backward(hidden, vocabulary, bias, lse, rows, users, counts, *kept, *shifts)
+        tiles = range(0, len(vocabulary), width)
+
+        def forward_of(group: list[int]) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+            """Shift [B], log-sum-exp [B] and, if it is kept, the exponentials [B, width] of each tile."""
+            found = []
+            spare = None
+            for number in group:
+                to_keep = keep and tiles[number] + width <= chunk
+                tile = _logits(hidden, vocabulary, bias, tiles[number], width, None if to_keep else spare)
+                of_tile = slice(cuts[number], cuts[number + 1])
+                positive[order[of_tile]] = tile[rows[of_tile], users[of_tile] - tiles[number]]
+                shift = tile.amax(dim=1)
+                log_sum = tile.sub_(shift[:, None]).exp_().sum(dim=1).log_().add_(shift)
+                found.append((shift, log_sum, tile if to_keep else None))
+                spare = spare if to_keep else tile
+            return found
+
+        parts = [part for group in _run(forward_of, len(tiles), hidden) for part in group]
+        lse = torch.logsumexp(torch.stack([part[1] for part in parts]), dim=0)
+        kept = [(part[2], part[0]) for part in parts if part[2] is not None]
+        ctx.save_for_backward(
+            hidden, vocabulary, bias, lse, rows, users, counts, *[k[0] for k in kept], *[k[1] for k in kept]
+        )
         ctx.width, ctx.cuts, ctx.kept = width, cuts, len(kept)
         # segment_reduce adds in the order of the rows on every device; index_add_ would not on a GPU.
         return lse - torch.segment_reduce(positive, "sum", lengths=counts) / counts
@@ -66,29 +78,45 @@ class _DistributionLoss(torch.autograd.Function):
         hidden, vocabulary, bias, lse, rows, users, counts, *tiles = ctx.saved_tensors
         kept, shifts = tiles[: ctx.kept], tiles[ctx.kept :]
         (grad,) = grads
-        d_hidden = torch.zeros_like(hidden)
         d_vocabulary = torch.empty_like(vocabulary)
         d_bias = torch.empty_like(bias) if bias is not None else None
         share = grad / counts.to(hidden.dtype)
-        spare = None
-        for number, start in enumerate(range(0, len(vocabulary), ctx.width)):
-            # d loss / d logit = p - q, times what comes from above.
-            if number < ctx.kept:
-                scale = torch.exp(shifts[number] - lse).mul_(grad)
-                of_tile = None if spare is None or spare.shape != kept[number].shape else spare
-                delta = torch.mul(kept[number], scale[:, None], out=of_tile)
-            else:
-                delta = _logits(hidden, vocabulary, bias, start, ctx.width, spare)
-                delta.sub_(lse[:, None]).exp_().mul_(grad[:, None])
-            spare = delta
-            targets = slice(ctx.cuts[number], ctx.cuts[number + 1])
-            delta[rows[targets], users[targets] - start] -= share[rows[targets]]
-            part = slice(start, start + ctx.width)
-            d_hidden.addmm_(delta, vocabulary[part])
-            torch.mm(delta.T, hidden, out=d_vocabulary[part])
-            if d_bias is not None:
-                d_bias[part] = delta.sum(0)
+
+        def backward_of(group: list[int]) -> torch.Tensor:
+            """The group's part of hidden's gradient, [B, d]; its users' gradients are put in their place."""
+            d_hidden = torch.zeros_like(hidden)
+            spare = None
+            for number in group:
+                start = number * ctx.width
+                # d loss / d logit = p - q, times what comes from above.
+                if number < ctx.kept:
+                    scale = torch.exp(shifts[number] - lse).mul_(grad)
+                    out = spare if spare is not None and spare.shape == kept[number].shape else None
+                    delta = torch.mul(kept[number], scale[:, None], out=out)
+                else:
+                    delta = _logits(hidden, vocabulary, bias, start, ctx.width, spare)
+                    delta.sub_(lse[:, None]).exp_().mul_(grad[:, None])
+                spare = delta
+                targets = slice(ctx.cuts[number], ctx.cuts[number + 1])
+                delta[rows[targets], users[targets] - start] -= share[rows[targets]]
+                part = slice(start, start + ctx.width)
+                d_hidden.addmm_(delta, vocabulary[part])
+                torch.mm(delta.T, hidden, out=d_vocabulary[part])
+                if d_bias is not None:
+                    d_bias[part] = delta.sum(0)
+            return d_hidden
+
+        d_hidden = torch.stack(_run(backward_of, len(ctx.cuts) - 1, hidden)).sum(dim=0)
         return d_hidden, d_vocabulary, d_bias, None, None, None, None
+
+
+def _run(work: Callable[[list[int]], Any], tiles: int, hidden: torch.Tensor) -> list[Any]:
+    """`work` of the numbers of all tiles in groups, which do not depend on how many threads there are: nor do the sums."""
+    count = min(_GROUPS, tiles)
+    groups = [list(range(g * tiles // count, (g + 1) * tiles // count)) for g in range(count)]
+    if hidden.device.type == "cpu":
+        return in_threads(work, groups)
+    return [work(group) for group in groups]
 
 
 def _logits(

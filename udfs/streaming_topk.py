@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 
 from udfs.running_best import RunningBest
+from udfs.threads import in_threads
 
 # Candidates kept beyond K, to be told apart in float64.
 _MARGIN = 16
@@ -27,6 +28,8 @@ _BLOCK = 32
 # Logits that exist at a time: on a CPU what stays in its cache. Items scored at a time, so that tiles are not narrow.
 _CELLS = {"cpu": 2**20, "cuda": 2**28}
 _ROWS = {"cpu": 256, "cuda": 4096}
+# Fewer items than this a thread, and torch shares out the work within each operation.
+_ROWS_A_THREAD = 16
 
 
 class Noise(Protocol):
@@ -99,23 +102,31 @@ def top_k(
     if not len(queries) or not kept:
         empty = queries.new_zeros((len(queries), min(k, kept)), dtype=torch.float64)
         return Selection(empty.long(), empty, empty, empty.new_full((len(queries),), -torch.inf))
-    with torch.inference_mode():
-        rows = torch.arange(len(queries), device=queries.device).split(_ROWS[queries.device.type])
-        scans = [_Scan(queries[of_block], of_block, kept, temperature, noise, first_user) for of_block in rows]
-        tile = max(1, min(tile, max(_CELLS[queries.device.type] // len(rows[0]), _BLOCK)))
-        buffer = queries.new_empty(len(rows[0]) * -(-tile // _BLOCK) * _BLOCK)
-        # Noise is dear where there is no threshold yet, so the first tiles are narrow then.
-        width = tile if noise is None else min(tile, -(-8 * kept // _BLOCK) * _BLOCK)
-        start = 0
-        while start < len(keys):
-            of_tile = slice(start, start + width)
-            added = None if bias is None else bias[of_tile]
-            if allowed is not None:
-                added = torch.where(allowed[of_tile], 0.0 if added is None else added, -torch.inf)
-            for scan in scans:
-                scan.add(keys[of_tile], added, start, buffer)
-            start, width = start + width, min(2 * width, tile)
-        parts = [scan.selection(keys, bias, k) for scan in scans]
+    rows = torch.arange(len(queries), device=queries.device)
+
+    def scan(rows: torch.Tensor) -> list[Selection]:
+        """`top_k` of these rows of queries."""
+        with torch.inference_mode():
+            blocks = rows.split(_ROWS[queries.device.type])
+            scans = [_Scan(queries[block], block, kept, temperature, noise, first_user) for block in blocks]
+            widest = max(1, min(tile, max(_CELLS[queries.device.type] // len(blocks[0]), _BLOCK)))
+            buffer = queries.new_empty(len(blocks[0]) * -(-widest // _BLOCK) * _BLOCK)
+            # Noise is dear where there is no threshold yet, so the first tiles are narrow then.
+            width = widest if noise is None else min(widest, -(-8 * kept // _BLOCK) * _BLOCK)
+            start = 0
+            while start < len(keys):
+                of_tile = slice(start, start + width)
+                added = None if bias is None else bias[of_tile]
+                if allowed is not None:
+                    added = torch.where(allowed[of_tile], 0.0 if added is None else added, -torch.inf)
+                for one in scans:
+                    one.add(keys[of_tile], added, start, buffer)
+                start, width = start + width, min(2 * width, widest)
+            return [one.selection(keys, bias, k) for one in scans]
+
+    few = rows.device.type != "cpu" or len(rows) < _ROWS_A_THREAD * torch.get_num_threads()
+    shares = [rows] if few else list(rows.chunk(torch.get_num_threads()))
+    parts = [part for share in in_threads(scan, shares) for part in share]
     return Selection(*(torch.cat([getattr(part, f) for part in parts]) for f in ("users", "scores", "logits", "lse")))
 
 
