@@ -175,7 +175,9 @@ class RayCluster(_Section):
     cpus_per_actor: float = Field(1.0, gt=0)
     gpus_per_actor: float = Field(0.0, ge=0)
     training_workers: int = Field(
-        0, ge=0, description="Ray Train's workers that train FilterLLM; 0: it is trained in the driver's process"
+        0,
+        ge=0,
+        description="Ray Train's workers that train FilterLLM (0: the driver's process trains it); each drops out its own",
     )
 
 

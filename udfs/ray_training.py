@@ -7,11 +7,12 @@ since workers' output stays in Ray's logs, on their machines.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from pyarrow import fs
@@ -107,23 +108,23 @@ def run(
     filesystem, root = fs.FileSystem.from_uri(folder) if "://" in folder else (fs.LocalFileSystem(), folder)
     journal = Journal(f"{folder}/journal")
     config = {"task": task, "arguments": arguments, "gpus": gpus, "log": log if workers == 0 else journal.write}
-    trainer = TorchTrainer(
-        _work,
-        train_loop_config=config,
-        scaling_config=ScalingConfig(
-            num_workers=workers,
-            use_gpu=workers > 0 and gpus > 0,
-            resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus > 0 else {})} if workers else None,
-        ),
-        run_config=RunConfig(
-            name="run",
-            storage_path=f"{root}/ray_train",
-            storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=RESTARTS, controller_failure_limit=0),
-            logging_config=LoggingConfig(log_level="ERROR"),
-        ),
-    )
-    with _environment(), _following(journal, log):
+    with _environment(), _following(journal, log) if workers else nullcontext():
+        trainer = TorchTrainer(
+            _work,
+            train_loop_config=config,
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                use_gpu=workers > 0 and gpus > 0,
+                resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus > 0 else {})} if workers else None,
+            ),
+            run_config=RunConfig(
+                name="run",
+                storage_path=f"{root}/ray_train",
+                storage_filesystem=filesystem,
+                failure_config=FailureConfig(max_failures=RESTARTS, controller_failure_limit=0),
+                logging_config=LoggingConfig(log_level="ERROR"),
+            ),
+        )
         try:
             kind, value = trainer.fit().return_value
         except TrainingFailedError as error:
@@ -142,19 +143,20 @@ def _work(config: dict[str, Any]) -> tuple[str, Any]:
     import torch
 
     context = ray.train.get_context()
-    group = Group(context.get_world_rank(), context.get_world_size())
+    group, log = Group(context.get_world_rank(), context.get_world_size()), config["log"]
     local = not torch.distributed.is_initialized()
-    if config["gpus"] > 0 and not torch.cuda.is_available() and not local:
-        return "error", TrainingError("ray.gpus_per_actor is above 0, but torch finds no usable GPU in the worker")
-    on_gpu = config["gpus"] > 0 and torch.cuda.is_available()
-    device = torch.device("cpu") if not on_gpu else torch.device("cuda") if local else ray.train.torch.get_device()
-    if not local and group.rank == 0:
-        config["log"](f"{group.size} workers on {device.type}; the first has the process id {os.getpid()}")
     try:
-        return "value", config["task"](*config["arguments"], group=group, device=device, log=config["log"])
+        device = torch.device("cpu")
+        if config["gpus"] > 0 and torch.cuda.is_available():
+            device = torch.device("cuda") if local else ray.train.torch.get_device()
+        elif config["gpus"] > 0 and not local:
+            raise TrainingError("ray.gpus_per_actor is above 0, but torch finds no usable GPU in the worker")
+        if not local and group.rank == 0:
+            log(f"{group.size} workers on {device.type}; the first has the process id {os.getpid()}")
+        return "value", config["task"](*config["arguments"], group=group, device=device, log=log)
     except ColdRefreshError as error:
         # The same input would raise it again. Only the first worker's value is read.
-        if group.rank == 0:
+        if group.rank == 0 and not local:
             return "error", error
         raise
 
@@ -163,7 +165,7 @@ def _reason(error: Exception, workers: int, cpus: float, gpus: float) -> ColdRef
     """What ended the training, as an error that a person can act on."""
     failures = getattr(error, "worker_failures", {})
     for failure in failures.values():
-        cause = getattr(failure, "cause", failure)
+        cause = getattr(failure, "_base_exc", failure)
         if isinstance(cause, ColdRefreshError):
             return cause
     if not failures:
@@ -181,13 +183,18 @@ def _reason(error: Exception, workers: int, cpus: float, gpus: float) -> ColdRef
 
 @contextmanager
 def _environment() -> Iterator[None]:
-    """Ray Train's settings in the environment, for as long as it runs; the handler of Ctrl-C that it leaves is taken back."""
+    """Ray Train's settings in the environment, and its warnings only, for as long as it runs; the handler of Ctrl-C that it
+    leaves is taken back.
+    """
     added = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
     os.environ.update(added)
-    handler = signal.getsignal(signal.SIGINT)
+    handler, logger = signal.getsignal(signal.SIGINT), logging.getLogger("ray.train")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
     try:
         yield
     finally:
+        logger.setLevel(level)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, handler)
         for name in added:
