@@ -50,14 +50,15 @@ def test_speed_is_measured_for_every_way(small: Path) -> None:
     assert json.loads(json.dumps(found)) == found
     assert (found["items"], found["k"]) == (3, 20)
     ways = ["distribution", "distribution, task in the prompt", "judgment", "judgment, shared prefix"]
+    ways.append("judgment, shared prefix, question first")
     assert list(found["ratio"]) == list(found["tokens_an_item"]) == ways
     assert found["ratio"]["distribution"] == 1
     assert all(seconds > 0 for seconds in found["seconds_an_item"].values())
     # A judge reads K prompts where the distribution reads one title; a shared prefix saves some of it.
     tokens = found["tokens_an_item"]
-    assert tokens["judgment"] > tokens["judgment, shared prefix"] > 20 * tokens["distribution"]
+    assert tokens["judgment"] > tokens["judgment, shared prefix"] > tokens[ways[-1]] > 20 * tokens["distribution"]
     assert found["pairs_of_shared"] >= 60
-    assert len(found["tables"][0]["rows"]) == 4
+    assert len(found["tables"][0]["rows"]) == 5
 
 
 def test_without_the_data_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from udfs import two_tower
 from udfs.filterllm import Config, FilterLLM
 from udfs.fold_in import to_csr
 from udfs.judged_pairs import recent, training_pairs
-from udfs.judgment import Judge
+from udfs.judgment import Judge, Question
 from udfs.judgment_training import fit_answer
 from udfs.model_files import find_model
 from udfs.streaming_topk import top_k
@@ -39,6 +39,11 @@ PAPER = 34.75
 _WIDTH = 128  # of the user vocabulary, as conf/ has it for CiteULike
 # What FilterLLM's own prompts are like: a task, then the item.
 _TASK = "Describe which researchers will want to read a paper with the following title.\nTitle: {title}\nResearchers:"
+# The least that an item's own part of the prompt can be: the question is asked before it, once a user.
+_FIRST = Question(
+    user="A person saved these:\n{history}\nWould the same person save the next one too? Answer Yes or No.\n",
+    item="\n- {title}",
+)
 
 
 def candidates(
@@ -151,7 +156,8 @@ def measure_speed(
     The items are drawn from CiteULike's cold ones and the users are those that ColdLLM's released filter kept of them. Each
     round times every way on its share of the sample, so that a machine that slows down slows all of them. With a shared
     prefix, how many pairs share one decides the cost: that way is timed on all pairs of users drawn at random, as many
-    pairs as the others have, so that they share as on a night of all cold items.
+    pairs as the others have, so that they share as on a night of all cold items. Its best form asks the question in the
+    shared part; what that does to the answers is not measured here.
 
     Returns:
         tables (one), seconds_an_item and ratio by way, tokens_an_item by way, stages (seconds an item), and the options.
@@ -196,11 +202,13 @@ def measure_speed(
         timed("map and top-K", scorer.top, states)
         timed("encode with a task", encoder.encode, [_TASK.format(title=text) for text in texts])
         timed("filter", scorer.filter, states)
-        timed("judge", _score, asked, data, own, False)
-        timed("judge, shared", _score, asked, data, group, True)
+        timed("judge", _score, asked, data, own, False, Question())
+        timed("judge, shared", _score, asked, data, group, True, Question())
+        timed("judge, shared, question first", _score, asked, data, group, True, _FIRST)
         log(f"judgment: round {number + 1} of {rounds}, {sum(spent.values()):.0f} s")
     each = {name: seconds / len(chosen) for name, seconds in spent.items()}
-    each["judge, shared"] = k * spent["judge, shared"] / counted["shared"]
+    for name in ("judge, shared", "judge, shared, question first"):
+        each[name] = k * spent[name] / counted["shared"]
     # ColdLLM's filter reads the item once, as FilterLLM does, before its towers.
     judged = each["encode"] + each["filter"]
     seconds = {
@@ -208,6 +216,7 @@ def measure_speed(
         "distribution, task in the prompt": each["encode with a task"] + each["map and top-K"],
         "judgment": judged + each["judge"],
         "judgment, shared prefix": judged + each["judge, shared"],
+        "judgment, shared prefix, question first": judged + each["judge, shared, question first"],
     }
     tokens = _tokens(asked, encoder, data, chosen, k)
     ratio = {name: value / seconds["distribution"] for name, value in seconds.items()}
@@ -222,8 +231,9 @@ def measure_speed(
         "tables": [table("Text to distribution against text to judgment", columns, rows, note)],
         "seconds_an_item": seconds,
         "ratio": ratio,
-        "ratio_same_prompt": seconds["judgment"] / seconds["distribution, task in the prompt"],
-        "ratio_same_prompt_shared": seconds["judgment, shared prefix"] / seconds["distribution, task in the prompt"],
+        "ratio_with_task": {
+            name: value / seconds["distribution, task in the prompt"] for name, value in seconds.items()
+        },
         "paper_ratio": PAPER,
         "tokens_an_item": tokens,
         "stages": each,
@@ -259,7 +269,8 @@ class _Scorer:
         top_k(self.towers.vectors(states, self.towers.item), self.users, 20)
 
 
-def _score(model: Judge, data: _Sample, pairs: Ints, share_prefix: bool) -> None:
+def _score(model: Judge, data: _Sample, pairs: Ints, share_prefix: bool, question: Question) -> None:
+    model.question = question
     model.score(data.histories, data.titles, data.users[pairs], data.items[pairs], share_prefix=share_prefix)
 
 
@@ -267,8 +278,15 @@ def _tokens(model: Judge, encoder: TextEncoder, data: _Sample, chosen: Ints, k: 
     """What the language model reads an item, without padding; of the shared prefix, on a night of all cold items."""
     cold = np.unique(data.items)
     users = np.unique(data.users)
-    prefix = dict(zip(users, (len(model.prefix(data.histories[u])) for u in users), strict=True))
-    suffix = np.mean([len(model.suffix(data.titles[i])) for i in chosen])
+    shared = {}
+    for name, question in (
+        ("judgment, shared prefix, question first", _FIRST),
+        ("judgment, shared prefix", Question()),
+    ):
+        model.question = question
+        prefix = dict(zip(users, (len(model.prefix(data.histories[u])) for u in users), strict=True))
+        suffix = np.mean([len(model.suffix(data.titles[i])) for i in chosen])
+        shared[name] = sum(prefix.values()) / len(cold) + k * suffix
     own = np.flatnonzero(np.isin(data.items, chosen))
     title = [len(ids) for ids in encoder.tokens([data.titles[i] for i in chosen])]
     task = [len(ids) for ids in encoder.tokens([_TASK.format(title=data.titles[i]) for i in chosen])]
@@ -276,7 +294,7 @@ def _tokens(model: Judge, encoder: TextEncoder, data: _Sample, chosen: Ints, k: 
         "distribution": float(np.mean(title)),
         "distribution, task in the prompt": float(np.mean(task)),
         "judgment": float(np.mean(title) + k * (np.mean([prefix[data.users[p]] for p in own]) + suffix)),
-        "judgment, shared prefix": float(np.mean(title) + sum(prefix.values()) / len(cold) + k * suffix),
+        **{name: float(np.mean(title) + tokens) for name, tokens in reversed(shared.items())},
     }
 
 
