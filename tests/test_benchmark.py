@@ -1,0 +1,65 @@
+"""The benchmark command: its tables, its options, and that what it compares gives the same results. No time is asserted."""
+
+from __future__ import annotations
+
+import json
+import types
+
+import pytest
+import torch
+
+from jobs.benchmark import __main__ as command
+from jobs.benchmark import scoring_speed, training_speed
+from jobs.benchmark.measure import interleaved, peak_memory
+from jobs.benchmark.table import best_and_spread, markdown, mean_and_spread, table
+
+
+def test_tables_in_markdown():
+    text = markdown([table("T", ["name", "value"], [["a|b", 0.12345], [None, 2]], "a note")])
+    assert text.splitlines() == [
+        "### T", "", "| name |  value |", "| ---- | -----: |", "| a\\|b | 0.1235 |", "|      |      2 |", "", "a note",
+    ]  # fmt: skip
+    assert mean_and_spread([0.1, 0.2, 0.3], 2) == "0.20 ± 0.10"
+    assert (mean_and_spread([0.5], 1), mean_and_spread([])) == ("0.5", "")
+    assert best_and_spread([0.012, 0.010, 0.020]) == "10 ms (+20 %)"
+    with pytest.raises(ValueError, match="2 columns"):
+        table("T", ["a", "b"], [[1]])
+
+
+def test_a_subject_leaves_json_and_a_table(tmp_path, monkeypatch, capsys):
+    result = {"tables": [table("T", ["a"], [[1]])], "figure": 2}
+    subject = types.SimpleNamespace(
+        __doc__="A subject.",
+        add_arguments=lambda p: p.add_argument("--n", type=int),
+        run=lambda args: {**result, "n": args.n},
+    )
+    monkeypatch.setattr(command, "_load", lambda name: subject)
+    assert command.main(["speed", "--n", "3", "--out", str(tmp_path / "new")]) == 0
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed == json.loads((tmp_path / "new" / "speed.json").read_text()) == {**result, "n": 3}
+    assert (tmp_path / "new" / "speed.md").read_text().startswith("### T\n")
+
+
+def test_wrong_options_are_said(capsys):
+    assert command.main(["speed", "--parts", "scoring,cooking"]) == 1
+    assert "choose from scoring, training" in capsys.readouterr().err
+    assert command.main(["speed", "--users", "many"]) == 1
+    assert "--users 'many'" in capsys.readouterr().err
+
+
+def test_what_is_compared_gives_the_same():
+    names = [scoring_speed.STREAMING, scoring_speed.DRAWN, scoring_speed.DENSE, scoring_speed.FAISS]
+    found = scoring_speed.times(names, users=3000, items=32, seed=0, repeats=1)
+    assert found["shared"] == 1.0
+    assert found["lse_error"] < 1e-6
+    assert all(len(seconds) == 1 for seconds in found["seconds"].values())
+    found = training_speed.times([training_speed.TILED, training_speed.DENSE], users=3000, items=32, seed=0, repeats=1)
+    assert found["difference"] < 1e-5
+
+
+def test_measuring():
+    order = []
+    seconds = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2)
+    assert order == ["a", "b"] * 3  # the first round warms up
+    assert {name: len(taken) for name, taken in seconds.items()} == {"a": 2, "b": 2}
+    assert peak_memory(lambda: torch.ones(2**25)) == pytest.approx(2**27, rel=0.1)
