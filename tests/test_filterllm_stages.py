@@ -8,6 +8,7 @@ import re
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import safetensors.torch
+import torch
 
 from jobs import filterllm_score, filterllm_train, text_embeddings
 from jobs.filterllm_train import load_model
@@ -36,6 +38,15 @@ SETTINGS: dict[str, Any] = {
     "sampling": {"k": 10, "shard_items": 5, "user_tile": 32},
 }
 NIGHTS = iter(range(10_000))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Matrices this small are slower on several threads, much slower beside other tests."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

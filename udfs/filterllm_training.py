@@ -165,12 +165,12 @@ class _Training:
             begun = time.perf_counter()
             found = self._epoch(epoch)
             seconds = time.perf_counter() - begun
-            if not math.isfinite(found["loss"]):
+            quality = measure(self.model, self.texts, data) if data else None
+            if not (math.isfinite(found["loss"]) and (quality is None or math.isfinite(quality.nll))):
                 raise FilterLLMError(
-                    f"training diverged: the loss of epoch {epoch} is {found['loss']}; lower filterllm.learning_rate "
+                    f"training diverged in epoch {epoch}: the loss is {found['loss']}; lower filterllm.learning_rate "
                     f"({options.learning_rate:g}) or filterllm.lora_learning_rate ({options.lora_learning_rate:g})"
                 )
-            quality = measure(self.model, self.texts, data) if data else None
             history.append(
                 {
                     "epoch": epoch,

@@ -90,7 +90,8 @@ def measure(model: FilterLLM, texts: nn.Module, data: Validation) -> Quality:
     """The model's quality as it is."""
     mapped = _mapped(model, texts, data)
     losses = _losses(model, mapped, data)
-    return Quality(float(losses.double().mean()), _ndcg(model, mapped, losses, data))
+    nll = float(losses.double().mean())
+    return Quality(nll, _ndcg(model, mapped, losses, data) if math.isfinite(nll) else math.nan)
 
 
 @torch.no_grad()
