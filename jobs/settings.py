@@ -99,9 +99,9 @@ class FilterLLM(_Section):
     batch_size: int = Field(256, ge=1)
     guiding: float = Field(1.0, ge=0, description="lambda: weight of the behaviour-guiding loss")
     mapper: Literal["linear", "linear_relu", "mlp"] = "mlp"
-    hidden: int = Field(1024, ge=1, description="width of the mlp mapper")
+    hidden: int = Field(2048, ge=1, description="width of the mlp mapper")
     dropout: float = Field(0.5, ge=0, lt=1)
-    noise: float = Field(0.5, ge=0, description="train-time Gaussian noise on the hidden state (mlp mapper)")
+    noise: float = Field(1.0, ge=0, description="train-time Gaussian noise on the hidden state (mlp mapper)")
     user_init: Literal["cf", "random"] = "cf"
     user_bias: bool = True
     vocabulary: Literal["cf", "llm"] = Field(

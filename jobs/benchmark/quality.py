@@ -10,7 +10,6 @@ is kept under --work, so the command goes on where it was stopped.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib
 import json
 import time
@@ -121,26 +120,21 @@ def measure(data: DataSet, lake: str, seed: int, given: list[str]) -> Measured:
 
 
 class _Results:
-    """One JSON file a (row, seed) of these settings: what is there is not computed again."""
+    """One JSON file a (row, seed) of the same settings, defaults included: what is there is not computed again."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, row: str, seed: int, given: list[str], data: DataSet) -> None:
+        digest = conf.load(data.conf, [*given, f"seed={seed}"]).digest()
+        plain = "".join(c if c.isalnum() else "-" for c in row)
+        self._path = folder / f"{plain}-{data.run_date}-{seed}-{digest}.json"
 
-    def _path(self, name: str, seed: int, given: list[str], data: DataSet) -> Path:
-        body = json.dumps([name, seed, given, Path(data.conf).read_text(), data.run_date.isoformat()])
-        plain = "".join(c if c.isalnum() else "-" for c in name)
-        return self.folder / f"{plain}-{seed}-{hashlib.sha256(body.encode()).hexdigest()[:8]}.json"
+    def get(self) -> dict[str, Any] | None:
+        return json.loads(self._path.read_text()) if self._path.exists() else None
 
-    def get(self, name: str, seed: int, given: list[str], data: DataSet) -> dict[str, Any] | None:
-        path = self._path(name, seed, given, data)
-        return json.loads(path.read_text()) if path.exists() else None
-
-    def put(self, name: str, seed: int, given: list[str], data: DataSet, found: dict[str, Any]) -> None:
-        path = self._path(name, seed, given, data)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
+    def put(self, found: dict[str, Any]) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        part = self._path.with_suffix(".part")
         part.write_text(json.dumps(found, indent=1))
-        part.rename(path)
+        part.rename(self._path)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -179,10 +173,10 @@ def _row(
 ) -> list[dict[str, Any]]:
     """{seed, seconds, test, val} of each seed."""
     given = [*args.overrides, *(overrides(row, encoders) or [])]
-    kept = _Results(work / "results" / data.name)
     found = []
     for seed in args.seeds:
-        one = kept.get(row.name, seed, given, data)
+        kept = _Results(work / "results" / data.name, row.name, seed, given, data)
+        one = kept.get()
         if one is None:
             begun = time.perf_counter()
             log(f"[benchmark] {data.name}, {row.name}, seed {seed}")
@@ -196,7 +190,7 @@ def _row(
                 else:
                     one[part] = measured.published(part)
             one["seconds"] = round(time.perf_counter() - begun, 1)
-            kept.put(row.name, seed, given, data, one)
+            kept.put(one)
         log(f"[benchmark] {data.name}, {row.name}, seed {seed}: {_brief(one)}")
         found.append(one)
     return found
