@@ -37,7 +37,7 @@ def run(users: list[int], items: int, seed: int, ceilings: dict[str, float]) -> 
         memory = {}
         for name in names:
             memory[name] = fresh("scoring_speed", "memory", name=name, users=count, items=items, seed=seed)
-        repeats = 11 if count <= 10_000 else 5 if count <= 100_000 else 3
+        repeats = 11 if count <= 10_000 else 5 if count <= 100_000 else 3 if count <= 1_000_000 else 2
         found = fresh("scoring_speed", "times", names=names, users=count, items=items, seed=seed, repeats=repeats)
         cases.append({"users": count, "items": items, "peak_bytes": memory, **found})
         ours = min(found["seconds"][STREAMING])
