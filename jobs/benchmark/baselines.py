@@ -1,7 +1,7 @@
 """What FilterLLM is compared with on a night: other vectors for the cold items, in the space of the night's users.
 
-Each takes the night and the part it is measured on, and returns [cold items, d] float32 in the catalog's order, or None where
-cold items get no vector. What must be tuned is tuned on the validation part.
+Each takes the night and returns [cold items, d] float32 in the catalog's order, or None where cold items get no vector. What
+must be tuned is tuned on the validation part.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from udfs.fold_in import fold_in, to_csr
 if TYPE_CHECKING:
     from jobs.benchmark.quality import Measured
 
-_RIDGES = (0.1, 1.0, 10.0, 100.0)
+_RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 10.0)
 _INTERACTIONS = (2.0, 5.0, 15.0)
 
 
-def cf_on_warm_only(night: Measured, part: str) -> None:
+def cf_on_warm_only(night: Measured) -> None:
     """Cold items have no vector: what CF alone does."""
 
 
-def tfidf_ridge(night: Measured, part: str) -> np.ndarray:
+def tfidf_ridge(night: Measured) -> np.ndarray:
     """TF-IDF of the text -> CF vector, by ridge regression on the warm items: no language model."""
     from sklearn.linear_model import Ridge
 
@@ -45,7 +45,7 @@ def tfidf_ridge(night: Measured, part: str) -> np.ndarray:
     return _tuned(night, {ridge: fitted(ridge) for ridge in _RIDGES}, "tfidf_ridge")
 
 
-def coldllm(night: Measured, part: str) -> np.ndarray:
+def coldllm(night: Measured) -> np.ndarray:
     """ColdLLM's released simulated interactions of CiteULike (the pairs its language model said Yes to), folded in."""
     if "citeulike" not in str(night.run.lake.uri):
         raise ColdRefreshError("ColdLLM's simulated interactions are released for citeulike-a only")
@@ -58,7 +58,7 @@ def coldllm(night: Measured, part: str) -> np.ndarray:
     return _folded(night, users[there], items[there], np.ones(int(there.sum())), len(cold), "coldllm")
 
 
-def text_to_judgment(night: Measured, part: str) -> np.ndarray:
+def text_to_judgment(night: Measured) -> np.ndarray:
     """ColdLLM's way with the project's own language model: two towers keep 20 users, SmolLM2 says Yes or No to each."""
     from jobs import text_embeddings
 
@@ -77,7 +77,7 @@ def text_to_judgment(night: Measured, part: str) -> np.ndarray:
     return _folded(night, users.ravel(), rows, yes.ravel().astype(np.float64), len(cold), "text_to_judgment")
 
 
-BASELINES: dict[str, Callable[[Any, str], np.ndarray | None]] = {
+BASELINES: dict[str, Callable[[Any], np.ndarray | None]] = {
     "CF on warm items only": cf_on_warm_only,
     "TF-IDF ridge to the CF space": tfidf_ridge,
     "ColdLLM 7B's released interactions": coldllm,

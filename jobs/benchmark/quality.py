@@ -182,11 +182,12 @@ def _row(
             log(f"[benchmark] {data.name}, {row.name}, seed {seed}")
             measured = measure(data, lake, seed, given)
             one = {"seed": seed}
+            baseline = BASELINES[row.name](measured) if row.name in BASELINES else None
             for part in measured.parts:
                 if row.name in _FLOORS:
                     one[part] = measured.floor(part, row.name)
                 elif row.name in BASELINES:
-                    one[part] = measured.vectors(part, BASELINES[row.name](measured, part))
+                    one[part] = measured.vectors(part, baseline)
                 else:
                     one[part] = measured.published(part)
             one["seconds"] = round(time.perf_counter() - begun, 1)
