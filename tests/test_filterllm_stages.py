@@ -335,9 +335,10 @@ def test_workers_train_the_model_of_one_process_although_one_is_killed(
     assert re.search(r"goes on behind epoch \d+, which was saved", told)
     assert re.search(r"epoch 40/40: .* items/s, validation nll", told)
     assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        # Rounding is below a millionth here; workers that did not add up would be off by a fifth of what training moves.
-        assert np.linalg.norm(found[name] - tensor) <= 0.01 * np.linalg.norm(tensor), name
+    apart = {n: np.linalg.norm(found[n] - t) / max(np.linalg.norm(t), 1e-9) for n, t in expected.items()}
+    # The best scale for six held-out items is a flat optimum: what moves the loss by a millionth moves it by percents.
+    assert apart.pop("scale") < 0.1
+    assert max(apart.values()) < 0.01, apart
 
 
 def test_workers_that_never_fit_and_errors_of_the_task_are_clear(lake: Path) -> None:
