@@ -322,8 +322,16 @@ def _kill_first_worker(checkpoints: Path, epoch: int) -> None:
 def test_workers_train_the_model_of_one_process_although_one_is_killed(
     lake: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    # Without dropout, whose draws are each worker's own, only the order of sums differs.
-    conf = {"epochs": 40, "patience": 40, "batch_size": 24, "dropout": 0.0, "softmax": "sampled", "samples": 20}
+    # Without dropout and noise, whose draws are each worker's own, only the order of sums differs.
+    conf = {
+        "epochs": 40,
+        "patience": 40,
+        "batch_size": 24,
+        "dropout": 0.0,
+        "noise": 0.0,
+        "softmax": "sampled",
+        "samples": 20,
+    }
     expected = _fit(night(lake, filterllm=conf))
     killer = threading.Thread(target=_kill_first_worker, args=(lake / "_artifacts" / "checkpoints", 2))
     killer.start()
@@ -336,8 +344,7 @@ def test_workers_train_the_model_of_one_process_although_one_is_killed(
     assert re.search(r"epoch 40/40: .* items/s, validation nll", told)
     assert found.keys() == expected.keys()
     apart = {n: np.linalg.norm(found[n] - t) / max(np.linalg.norm(t), 1e-9) for n, t in expected.items()}
-    # The best scale for six held-out items is a flat optimum: what moves the loss by a millionth moves it by percents.
-    assert apart.pop("scale") < 0.1
+    # Workers that did not add up would be off by a fifth of what training moves.
     assert max(apart.values()) < 0.01, apart
 
 
