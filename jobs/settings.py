@@ -177,7 +177,7 @@ class RayCluster(_Section):
     training_workers: int = Field(
         0,
         ge=0,
-        description="Ray Train's workers that train FilterLLM (0: the driver's process trains it); each drops out its own",
+        description="Ray Train's workers that train FilterLLM (0: the driver trains it); each draws its own noise",
     )
 
 
