@@ -20,6 +20,8 @@ from udfs.model_files import ModelError
 
 # More characters than any sensible text has per token: what is cut here would be truncated as tokens anyway.
 CHARACTERS_A_TOKEN = 64
+# From so many tokens on a larger batch is no faster a token, and rows shorter than this share of the longest begin a new one.
+_WORTH_A_BATCH, _ALIKE = 512, 0.85
 
 
 def readable(text: str, max_tokens: int) -> str:
@@ -140,10 +142,15 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: Literal["mean", "las
 
 
 def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Row numbers of each batch: of similar length, longest first, at most `batch_tokens` with padding (or one row)."""
+    """Row numbers of each batch: of similar length, longest first, at most `batch_tokens` with padding (or one row).
+
+    A batch that is large enough to keep a processor busy ends early where the next row would be mostly padding.
+    """
     batch: list[int] = []
     for row in sorted(range(len(lengths)), key=lambda r: (-lengths[r], r)):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
+        longest = lengths[batch[0]] if batch else 0
+        full = (len(batch) + 1) * longest > batch_tokens
+        if batch and (full or (len(batch) * longest >= _WORTH_A_BATCH and lengths[row] < _ALIKE * longest)):
             yield batch
             batch = []
         batch.append(row)

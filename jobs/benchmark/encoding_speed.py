@@ -81,7 +81,11 @@ def _measure(model: str, texts: list[str]) -> dict[str, Any]:
 def _sentence_transformers(directory: Path, recipe: Recipe, texts: list[str]) -> Callable[[], np.ndarray]:
     from sentence_transformers import SentenceTransformer, models
 
-    body = models.Transformer(str(directory), max_seq_length=MAX_TOKENS)
+    # The text as it is: of a model with a chat template the default wraps each text in it.
+    plain = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+    body = models.Transformer(
+        str(directory), max_seq_length=MAX_TOKENS, modality_config=plain, module_output_name="token_embeddings"
+    )
     if body.tokenizer.pad_token is None:
         body.tokenizer.pad_token = body.tokenizer.eos_token
     pooling = models.Pooling(recipe.width, pooling_mode={"last_token": "lasttoken"}.get(recipe.pooling, recipe.pooling))
