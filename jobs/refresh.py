@@ -236,6 +236,8 @@ def _items(night: _Night, space: Space, users: Matrix, in_space: Rows, real: Pai
     csr = to_csr(row, user, weights, len(rows))
     shares = to_csr(row, user, shares, len(rows))[2]
     vectors = _fold(space, users, csr, "item_scale", gram(space.users), shares)
+    # A few interactions give the best direction but a short vector, which ranks too low among warm items.
+    vectors[np.isin(rows, real.items, invert=True)] *= np.float32(night.run.settings.refresh.scale)
     source = np.where(sampled_items[rows], "sampled", "cf").astype(object)
     found.put(rows, vectors, source, np.bincount(real.items, minlength=len(in_space))[rows], midnight)
     return found

@@ -141,6 +141,9 @@ class Refresh(_Section):
     interactions: float = Field(
         15.0, gt=0, description="fold_in by probability: how many interactions an item's users stand for together"
     )
+    scale: float = Field(
+        1.0, gt=0, description="fold_in: length of the vector of an item without real interactions, times this"
+    )
 
 
 class Gates(_Section):

@@ -103,7 +103,8 @@ def _reference(
 
 @pytest.mark.parametrize("by_probability", [True, False])
 def test_cold_items_are_folded_in_and_the_space_stays_bit_for_bit(by_probability: bool, tmp_path: Path) -> None:
-    run = run_of(tmp_path, DAY, cf=BPR, refresh={"by_probability": by_probability}, snapshot={"warm_interactions": 2})
+    settings = {"by_probability": by_probability, "scale": 3.0}  # of vectors without any real pair, such as new-1's
+    run = run_of(tmp_path, DAY, cf=BPR, refresh=settings, snapshot={"warm_interactions": 2})
     pairs = {**blocks(), ("u0-1", "new-0"): 3.0, ("u0-7", "new-0"): 1.0}  # a cold item with two real pairs
     facts, tables, space = _night(run, pairs, SAMPLED, cold=("new-0", "new-1"))
     items, users = _by_id(tables["item_embeddings"]), _by_id(tables["user_embeddings"])
@@ -130,11 +131,11 @@ def test_cold_items_are_folded_in_and_the_space_stays_bit_for_bit(by_probability
 
 
 def test_refresh_users_cuts_what_is_used_not_what_is_published(tmp_path: Path) -> None:
-    run = run_of(tmp_path, DAY, cf=BPR, refresh={"users": 1})
+    run = run_of(tmp_path, DAY, cf=BPR, refresh={"users": 1, "scale": 1.5})
     _, tables, space = _night(run, blocks(), SAMPLED, cold=("new-0", "new-1"))
     assert tables["sampled_interactions"].num_rows == 6
     items = _by_id(tables["item_embeddings"])
-    np.testing.assert_allclose(items["new-1"]["embedding"], _reference(space, {"u1-5": 15.0}), rtol=1e-5)
+    np.testing.assert_allclose(items["new-1"]["embedding"], 1.5 * _reference(space, {"u1-5": 15.0}), rtol=1e-5)
 
 
 def test_the_next_night(tmp_path: Path) -> None:
