@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -19,20 +20,23 @@ Result = TypeVar("Result")
 def in_threads(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
     """`work` of each part, in their order, without gradients; the operations of one part run in one thread.
 
-    As many threads are started as torch may use (`torch.get_num_threads()`); with one, the parts are worked on here.
+    In as many threads as torch may use (`torch.get_num_threads()`); with one, the parts are worked on here.
     """
     threads = torch.get_num_threads()
 
     def alone(part: Part) -> Result:
-        torch.set_num_threads(1)  # of this thread
         with torch.no_grad():
             return work(part)
 
     if threads == 1 or len(parts) == 1:
-        with torch.no_grad():
-            return [work(part) for part in parts]
+        return [alone(part) for part in parts]
     try:
-        with ThreadPoolExecutor(min(threads, len(parts))) as pool:
-            return list(pool.map(alone, parts))
+        return list(_pool(threads).map(alone, parts))
     finally:
-        torch.set_num_threads(threads)  # of threads to come
+        torch.set_num_threads(threads)  # what a thread that is yet to come begins with
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Kept, since a new thread's first matrix product costs milliseconds."""
+    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
