@@ -14,7 +14,7 @@ from tests import nights
 from tests import small_lake as small
 
 # Whole nights in processes of their own: the longest tests, which share one undisturbed night.
-_NIGHTS = ("test_cold_refresh.py", "test_dags.py", "test_backfill.py")
+_NIGHTS = ("test_cold_refresh.py", "test_dags.py", "test_backfill.py", "test_quality_benchmark.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""Quality of every method on a data set: NDCG and recall at 20 of what rankers would read, mean and spread over seeds.
+"""Quality of every method on a data set: NDCG and recall at K (evaluate.k) of what rankers would read, with the spread over seeds.
 
     python -m jobs.benchmark quality --dataset citeulike-a --seeds 7 8 9 --encoder mpnet=FOLDER
 
@@ -35,7 +35,6 @@ from udfs.ranking_metrics import Scorer, Task, per_user
 
 _STAGES = ("snapshot", "text_embeddings", "cf", "filterllm_train", "filterllm_score", "refresh")
 _SPLITS = ("overall", "cold", "warm")
-_COLUMNS = (*(f"{split} {metric}" for metric in ("ndcg@20", "recall@20") for split in _SPLITS), "distribution ndcg@20")
 _FLOORS = ("random", "popularity", "text_knn")
 
 
@@ -66,7 +65,7 @@ class Measured:
         for split, task in self.parts[part].tasks.items():
             scorer = scorers.get(split)
             if scorer is not None:
-                values = per_user(scorer, task, (20,))
+                values = per_user(scorer, task, self.run.settings.evaluate.k[:1])
                 found |= {f"{split} {name}": float(value.mean()) for name, value in values.items()}
         return found
 
@@ -154,7 +153,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for row in _wanted(args.rows, encoders):
             found[row.name] = _row(row, data, lake, args, encoders, work)
         results[name] = found
-        tables.append(_table(data, found, args.seeds))
+        tables.append(_table(data, conf.load(data.conf).evaluate.k[0], found, args.seeds))
     return {"tables": tables, "results": results}
 
 
@@ -202,10 +201,12 @@ def _brief(one: dict[str, Any]) -> str:
     return "; ".join(f"{p} " + " ".join(f"{k} {v:.4f}" for k, v in one[p].items() if "ndcg" in k) for p in parts)
 
 
-def _table(data: DataSet, found: dict[str, list[dict[str, Any]]], seeds: list[int]) -> dict[str, Any]:
+def _table(data: DataSet, k: int, found: dict[str, list[dict[str, Any]]], seeds: list[int]) -> dict[str, Any]:
     rows = []
+    columns = [f"{split} {metric}" for metric in (f"ndcg@{k}", f"recall@{k}") for split in _SPLITS]
+    columns.append(f"distribution ndcg@{k}")
     for name, seeded in found.items():
-        cells = [[one["test"][column] for one in seeded if column in one["test"]] for column in _COLUMNS]
+        cells = [[one["test"][column] for one in seeded if column in one["test"]] for column in columns]
         rows.append([name, *(mean_and_spread(values) or None for values in cells)])
     note = (
         f"Test part, {data.conf}, seeds {seeds}; mean ± standard deviation. FilterLLM's row is the conf as it stands, rows "
@@ -214,4 +215,4 @@ def _table(data: DataSet, found: dict[str, list[dict[str, Any]]], seeds: list[in
         if FILTERLLM.name in found
         else f"Test part, {data.conf}, seeds {seeds}; mean ± standard deviation."
     )
-    return table(f"Quality on {data.name}", ["method", *_COLUMNS], rows, note)
+    return table(f"Quality on {data.name}", ["method", *columns], rows, note)
