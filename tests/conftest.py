@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from tests import nights
 from tests import small_lake as small
@@ -18,10 +19,20 @@ _NIGHTS = ("test_cold_refresh.py", "test_dags.py", "test_backfill.py", "test_qua
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two workers at once (-n 2 --dist loadgroup): the nights in one, everything else, file by file, beside them."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("nights" if item.path.name in _NIGHTS else item.path.name))
+    """The longest first."""
     items.sort(key=lambda item: item.path.name not in _NIGHTS)
+
+
+class _ByFile(LoadScopeScheduling):
+    """The nights in one worker, everything else, file by file, beside them: what tests of a file share is made once."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return "nights" if Path(file).name in _NIGHTS else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return _ByFile(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
