@@ -45,7 +45,7 @@ lint: setup ## ruff and mypy
 	@$(BIN)/mypy
 
 test: lint ## lint, types and the whole suite on the real engines
-	@$(BIN)/python -m pytest -q -n 2 --no-loadscope-reorder $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 format: setup ## rewrite the sources as ruff lays them out
 	@$(BIN)/ruff check --fix-only -q .

@@ -9,30 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from xdist.scheduler import LoadScopeScheduling
 
 from tests import nights
 from tests import small_lake as small
 
-# Whole nights in processes of their own: the longest tests, which share one undisturbed night.
+# Whole nights in processes of their own: the longest tests.
 _NIGHTS = ("test_cold_refresh.py", "test_dags.py", "test_backfill.py", "test_quality_benchmark.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first."""
+    """The longest first; two workers take file by file (-n 2 --dist loadfile), so what tests of a file share is made once."""
     items.sort(key=lambda item: item.path.name not in _NIGHTS)
-
-
-class _ByFile(LoadScopeScheduling):
-    """The nights in one worker, everything else, file by file, beside them: what tests of a file share is made once."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.split("::")[0]
-        return "nights" if Path(file).name in _NIGHTS else file
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
-    return _ByFile(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -160,15 +162,21 @@ def test_rows_that_stand_twice_do_no_harm(tmp_path: Path) -> None:
 def test_vectors_of_several_models_stand_side_by_side(tmp_path: Path) -> None:
     alone = staged(run_of(tmp_path / "lake"), TEXTS[:3])
     encode(alone)
-    both = staged(run_of(tmp_path / "lake", also=("smollm2",)), TEXTS[:3])
+    other = tmp_path / "minilm-cls"
+    shutil.copytree(find_model("minilm").directory, other)
+    pooling = other / "1_Pooling" / "config.json"
+    recipe = json.loads(pooling.read_text())
+    pooling.write_text(json.dumps({**recipe, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}))
+    both = staged(run_of(tmp_path / "lake", also=(str(other),)), TEXTS[:3])
     facts = encode(both)
-    assert facts == {**facts, "width": 384 + 576, "texts": 3, "encoded": 3, "cached": 3}  # MiniLM's are there
+    assert facts == {**facts, "width": 384 + 384, "texts": 3, "encoded": 3, "cached": 3}  # MiniLM's are there
     assert facts["model_version"] == text_embeddings.model_version(both.settings.text)
     shas = [sha(t) for t in TEXTS[:3]]
     found = text_embeddings.load(both, shas[::-1], str(facts["model_version"]))
     first, second = str(facts["model_version"]).split("+")
     np.testing.assert_array_equal(found[:, :384], text_embeddings.load(alone, shas[::-1], first))
     np.testing.assert_array_equal(found[:, 384:], text_embeddings.load(alone, shas[::-1], second))
+    assert not np.allclose(found[:, :384], found[:, 384:], atol=0.1)
 
 
 def test_a_model_that_is_missing_or_another_one_stops_before_ray(tmp_path: Path) -> None:
