@@ -64,3 +64,14 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real datasets at {folder} (COLD_REFRESH_DATA names another folder)")
     return folder
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Matrices as small as many tests' are slower on several threads, much slower beside other tests."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

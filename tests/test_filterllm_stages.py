@@ -8,7 +8,6 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
@@ -19,7 +18,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import safetensors.torch
-import torch
 
 from jobs import filterllm_score, filterllm_train, text_embeddings
 from jobs.filterllm_train import load_model
@@ -40,13 +38,7 @@ SETTINGS: dict[str, Any] = {
 NIGHTS = iter(range(10_000))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Matrices this small are slower on several threads, much slower beside other tests."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -14,14 +13,7 @@ from tests.test_filterllm import DIMENSION, USERS, WIDTH, _options, _shop
 from udfs.filterllm import Config, FilterLLM, FilterLLMError, widened
 from udfs.filterllm_training import FrozenTexts, Items, held_out, initialise, train
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Matrices this small are slower on several threads, much slower beside other tests."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _fit(options, *, log=lambda line: None, texts=None, bias=True, wide=False):
