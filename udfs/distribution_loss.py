@@ -158,12 +158,17 @@ def loss(
     Raises:
         ValueError: an item without users, or a user outside the vocabulary.
     """
-    if bool((indptr.diff() < 1).any()):
-        raise ValueError("every item of the batch needs at least one training user")
-    if len(users) and (int(users.min()) < 0 or int(users.max()) >= len(vocabulary)):
-        raise ValueError(f"user indices must lie in 0..{len(vocabulary) - 1}")
+    check_targets(indptr, users, len(vocabulary))
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, vocabulary, bias))
     return _DistributionLoss.apply(hidden, vocabulary, bias, indptr, users, chunk, keep)
+
+
+def check_targets(indptr: torch.Tensor, users: torch.Tensor, vocabulary: int) -> None:
+    """Raises ValueError if an item has no users, or a user lies outside a vocabulary of this size."""
+    if bool((indptr.diff() < 1).any()):
+        raise ValueError("every item of the batch needs at least one training user")
+    if len(users) and (int(users.min()) < 0 or int(users.max()) >= vocabulary):
+        raise ValueError(f"user indices must lie in 0..{vocabulary - 1}")
 
 
 def guiding_loss(mapped: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:

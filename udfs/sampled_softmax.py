@@ -18,6 +18,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from udfs.distribution_loss import check_targets
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -180,8 +182,5 @@ def loss(
     Raises:
         ValueError: an item without users, or a user outside the vocabulary.
     """
-    if bool((indptr.diff() < 1).any()):
-        raise ValueError("every item of the batch needs at least one training user")
-    if len(users) and (int(users.min()) < 0 or int(users.max()) >= len(vocabulary)):
-        raise ValueError(f"user indices must lie in 0..{len(vocabulary) - 1}")
+    check_targets(indptr, users, len(vocabulary))
     return _SampledLoss.apply(hidden, vocabulary, bias, indptr, users, drawn.users, drawn.log_weight, chunk)
