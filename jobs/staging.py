@@ -18,16 +18,13 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from schemas.errors import ColdRefreshError
+from udfs.filesystems import located
 
 MANIFEST = "manifest.json"
 
 
 class StagingError(ColdRefreshError):
     """A staged file is not what its manifest says, or is read before it is complete."""
-
-
-def _filesystem(uri: str) -> tuple[fs.FileSystem, str]:
-    return fs.FileSystem.from_uri(uri) if "://" in uri else (fs.LocalFileSystem(), uri)
 
 
 @dataclass(frozen=True)
@@ -40,12 +37,9 @@ class Staging:
         """Where `name` is: a file, or the folder of a table that Spark writes."""
         return f"{self.uri}/{name}"
 
-    def _open(self) -> tuple[fs.FileSystem, str]:
-        return _filesystem(self.uri)
-
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write a file whole."""
-        filesystem, root = self._open()
+        filesystem, root = located(self.uri)
         target = f"{root}/{name}"
         filesystem.create_dir(target.rsplit("/", 1)[0], recursive=True)
         with filesystem.open_output_stream(target) as stream:
@@ -53,12 +47,12 @@ class Staging:
 
     def write(self, name: str, table: pa.Table) -> None:
         """Write `table` as `<name>/part-0.parquet`, so that a table is a folder whoever wrote it."""
-        filesystem, root = self._open()
+        filesystem, root = located(self.uri)
         filesystem.create_dir(f"{root}/{name}", recursive=True)
         pq.write_table(table, f"{root}/{name}/part-0.parquet", filesystem=filesystem, compression="zstd")
 
     def _files(self) -> dict[str, dict[str, Any]]:
-        filesystem, root = self._open()
+        filesystem, root = located(self.uri)
         listing = filesystem.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
         facts = {}
         for info in sorted(listing, key=lambda i: i.path):
@@ -77,13 +71,13 @@ class Staging:
     def complete(self, facts: dict[str, Any]) -> None:
         """Write the manifest: from here on the folder counts. `facts` are kept in it (JSON)."""
         body = json.dumps({"facts": facts, "files": self._files()}, indent=1, sort_keys=True, default=str).encode()
-        filesystem, root = self._open()
+        filesystem, root = located(self.uri)
         # Object stores write a file whole; a local file is moved into its name, so that a kill leaves all or nothing.
         self.write_bytes(MANIFEST + ".part", body)
         filesystem.move(f"{root}/{MANIFEST}.part", f"{root}/{MANIFEST}")
 
     def is_complete(self) -> bool:
-        filesystem, root = self._open()
+        filesystem, root = located(self.uri)
         return filesystem.get_file_info(f"{root}/{MANIFEST}").type == fs.FileType.File
 
     def _manifest(self) -> dict[str, Any]:
@@ -110,28 +104,28 @@ class Staging:
                 )
 
     def read_bytes(self, name: str) -> bytes:
-        filesystem, root = self._open()
+        filesystem, root = located(self.uri)
         with filesystem.open_input_stream(f"{root}/{name}") as stream:
             return stream.read()
 
     def read(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """The staged table `name`."""
-        filesystem, root = self._open()
+        filesystem, root = located(self.uri)
         return pq.read_table(f"{root}/{name}", columns=columns, filesystem=filesystem, partitioning=None)
 
     def batches(self, name: str, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
         """The staged table `name` piece by piece, for one that need not fit into memory."""
-        filesystem, root = self._open()
+        filesystem, root = located(self.uri)
         yield from ds.dataset(f"{root}/{name}", filesystem=filesystem, format="parquet").to_batches(columns=columns)
 
     def clear(self) -> None:
         """Remove what a killed stage may have left."""
-        filesystem, root = self._open()
+        filesystem, root = located(self.uri)
         if filesystem.get_file_info(root).type == fs.FileType.Directory:
             filesystem.delete_dir(root)
 
     def children(self) -> list[str]:
         """Names of the folders in this one."""
-        filesystem, root = self._open()
+        filesystem, root = located(self.uri)
         listing = filesystem.get_file_info(fs.FileSelector(root, allow_not_found=True))
         return sorted(info.base_name for info in listing if info.type == fs.FileType.Directory)

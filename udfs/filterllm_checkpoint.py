@@ -17,6 +17,7 @@ import torch
 from pyarrow import fs
 
 from schemas.errors import ColdRefreshError
+from udfs.filesystems import located
 
 _FILE = "state.safetensors"
 _FORMAT = 1
@@ -32,16 +33,13 @@ class Checkpoints:
     def __init__(self, uri: str) -> None:
         self.uri = uri
 
-    def _open(self) -> tuple[fs.FileSystem, str]:
-        return fs.FileSystem.from_uri(self.uri) if "://" in self.uri else (fs.LocalFileSystem(), self.uri)
-
     def save(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
         """Replace the saved state by this one, all or nothing. `facts`: JSON."""
         body = safetensors.torch.save(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
             metadata={"facts": json.dumps({"format": _FORMAT, **facts})},
         )
-        filesystem, root = self._open()
+        filesystem, root = located(self.uri)
         filesystem.create_dir(root, recursive=True)
         # A name of its own: two trainings of the same model at once must not write into one file.
         part = f"{root}/{uuid.uuid4().hex}.part"
@@ -56,7 +54,7 @@ class Checkpoints:
             CheckpointError: the file is unreadable, of another version of this code, or of another training than that
                 whose `facts["training"]` is `expected`.
         """
-        filesystem, root = self._open()
+        filesystem, root = located(self.uri)
         path = f"{root}/{_FILE}"
         if filesystem.get_file_info(path).type != fs.FileType.File:
             return None

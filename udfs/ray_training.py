@@ -18,6 +18,7 @@ from typing import Any
 from pyarrow import fs
 
 from schemas.errors import ColdRefreshError
+from udfs.filesystems import located
 from udfs.worker_group import Group
 
 RESTARTS = 3  # of the group of workers
@@ -44,11 +45,8 @@ class Journal:
         self.uri = uri
         self._next: int | None = None
 
-    def _open(self) -> tuple[fs.FileSystem, str]:
-        return fs.FileSystem.from_uri(self.uri) if "://" in self.uri else (fs.LocalFileSystem(), self.uri)
-
     def _names(self) -> list[str]:
-        filesystem, root = self._open()
+        filesystem, root = located(self.uri)
         listing = filesystem.get_file_info(fs.FileSelector(root, allow_not_found=True))
         return sorted(info.base_name for info in listing if info.base_name.endswith(".txt"))
 
@@ -57,7 +55,7 @@ class Journal:
 
     def write(self, line: str) -> None:
         """Add a line; one process writes at a time."""
-        filesystem, root = self._open()
+        filesystem, root = located(self.uri)
         if self._next is None:
             filesystem.create_dir(root, recursive=True)
             self._next = len(self)
@@ -69,7 +67,7 @@ class Journal:
 
     def read(self, seen: int) -> list[str]:
         """The lines behind the first `seen`."""
-        filesystem, root = self._open()
+        filesystem, root = located(self.uri)
         found = []
         for name in self._names()[seen:]:
             with filesystem.open_input_stream(f"{root}/{name}") as stream:
@@ -105,7 +103,7 @@ def run(
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
-    filesystem, root = fs.FileSystem.from_uri(folder) if "://" in folder else (fs.LocalFileSystem(), folder)
+    filesystem, root = located(folder)
     journal = Journal(f"{folder}/journal")
     config = {"task": task, "arguments": arguments, "gpus": gpus, "log": log if workers == 0 else journal.write}
     with _environment(), _following(journal, log) if workers else nullcontext():
