@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from jobs import settings as conf
 from jobs import truth
 from jobs.benchmark.baselines import BASELINES
 from jobs.benchmark.datasets import DATA_SETS, DataSet, lake_of
-from jobs.benchmark.quality_rows import FILTERLLM, ROWS, Row, overrides
+from jobs.benchmark.quality_rows import ROWS, Row, overrides
 from jobs.benchmark.table import mean_and_spread, table
 from jobs.evaluate import Systems
 from jobs.run import Run, execute, log, open_run, parse_run_date
@@ -209,10 +208,7 @@ def _table(data: DataSet, k: int, found: dict[str, list[dict[str, Any]]], seeds:
         cells = [[one["test"][column] for one in seeded if column in one["test"]] for column in columns]
         rows.append([name, *(mean_and_spread(values) or None for values in cells)])
     note = (
-        f"Test part, {data.conf}, seeds {seeds}; mean ± standard deviation. FilterLLM's row is the conf as it stands, rows "
-        f"below it change what they name. Mean seconds of {FILTERLLM.name}: "
-        f"{mean([one['seconds'] for one in found[FILTERLLM.name]]):.0f}."
-        if FILTERLLM.name in found
-        else f"Test part, {data.conf}, seeds {seeds}; mean ± standard deviation."
+        f"Test part, {data.conf}, seeds {seeds}; mean ± standard deviation. The row FilterLLM is the conf as it stands, those "
+        "below it change what they name."
     )
     return table(f"Quality on {data.name}", ["method", *columns], rows, note)

@@ -18,10 +18,8 @@ class Row:
     encoders: tuple[str, ...] = ()
 
 
-FILTERLLM = Row("FilterLLM")
-
 ROWS = (
-    FILTERLLM,
+    Row("FilterLLM"),
     Row("start: random vocabulary", ("filterllm.user_init=random",)),
     Row("lambda 0", ("filterllm.guiding=0",)),
     Row("lambda 0.1", ("filterllm.guiding=0.1",)),
@@ -29,7 +27,8 @@ ROWS = (
     Row("no user bias", ("filterllm.user_bias=false",)),
     Row("mapper: linear", ("filterllm.mapper=linear",)),
     Row("mapper: linear + ReLU (the paper's)", ("filterllm.mapper=linear_relu",)),
-    Row("vocabulary at the LLM's width", ("filterllm.vocabulary=llm",)),
+    # Guiding is a mean over the dimensions: as many times its weight as the width is larger (384 for 256).
+    Row("vocabulary at the LLM's width", ("filterllm.vocabulary=llm", "filterllm.guiding=1.5")),
     Row("sampled softmax, uniform", ("filterllm.softmax=sampled", "filterllm.samples=1024")),
     Row(
         "sampled softmax, popularity",
