@@ -1,8 +1,9 @@
 """Stage `cf`: the embedding space of the night, an earlier one or one that is trained now.
 
-A space is an artifact (`_artifacts/spaces/<version>`): tables `users` and `items`, and facts that hold what a fold-in needs
-(alpha, regularization, binary, and the scales for spaces that ALS did not train). Its version is a hash of what it was made
-from and of the date. A new one is rotated onto the one before it, so that vectors of different nights lie near each other.
+A space is an artifact (`_artifacts/spaces/<version>`): tables `users` and `items`, with cf.init=llminit also `llminit`, and
+facts that hold what a fold-in needs (alpha, regularization, binary, and the scales for spaces that ALS did not train). Its
+version is a hash of what it was made from and of the date. A new one is rotated onto the one before it, so that vectors of
+different nights lie near each other.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from jobs import cf_start
 from jobs.run import Run, log
 from jobs.settings import Settings
 from jobs.spark_session import session, spark_path
 from jobs.staging import Staging
 from udfs import cf_model, fold_in, procrustes
 from udfs.cf_model import CfError, CfParams, Pairs
+from udfs.llm_init import TextMap
 from udfs.vectors import Matrix, from_column, to_column
 
 # Rows of each side from which the length of fold-ins is measured.
@@ -66,10 +69,10 @@ def load_space(run: Run, version: str) -> Space:
     )
 
 
-def conf_digest(settings: Settings) -> str:
+def conf_digest(settings: Settings, encoder_version: str | None = None) -> str:
     """Hash of the settings and the seed that decide a space; when and on what device it is trained is left out."""
     cf = settings.cf.model_dump(mode="json", exclude={"retrain_days", "device"})
-    body = json.dumps([cf, settings.digest("snapshot", "inputs"), settings.seed], sort_keys=True)
+    body = json.dumps([cf, settings.digest("snapshot", "inputs"), settings.seed, encoder_version], sort_keys=True)
     return hashlib.sha256(body.encode()).hexdigest()[:16]
 
 
@@ -95,7 +98,7 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
     Raises:
         udfs.cf_model.CfError: there is nothing to train on, or training failed.
     """
-    digest, days = conf_digest(run.settings), run.settings.cf.retrain_days
+    digest, days = conf_digest(run.settings, cf_start.encoder_version(run)), run.settings.cf.retrain_days
     spaces = _spaces(run)
     fresh = [v for day, v, facts in spaces if facts["conf"] == digest and (run.run_date - day).days < days]
     if fresh:
@@ -134,8 +137,12 @@ def train(run: Run, out: Staging, *, align_to: str | None, sampled: Pairs | None
             f"({settings.snapshot.warm_interactions}) users before {run.run_date}; the snapshot has "
             f"{snapshot.facts()['pairs']} pairs. Lower snapshot.warm_interactions, or take a later --run-date"
         )
+    encoder_version = cf_start.encoder_version(run)
+    conf = conf_digest(settings, encoder_version)
     # With its date: what a night of later left must not stand in for this one's, though it be the same.
-    made_of = [conf_digest(settings), run.run_date.isoformat(), snapshot.facts()["training_digest"], align_to]
+    made_of = [conf, run.run_date.isoformat(), snapshot.facts()["training_digest"], align_to]
+    if encoder_version is not None:
+        made_of.append(cf_start.texts_digest(run))
     digest = hashlib.sha256(json.dumps(made_of).encode())
     if sampled is not None:
         for part in (sampled.users, sampled.items, sampled.weights):
@@ -145,7 +152,7 @@ def train(run: Run, out: Staging, *, align_to: str | None, sampled: Pairs | None
     if artifact.is_complete():
         return version
     log(f"[cf] training {settings.cf.model} with {settings.cf.dimension} dimensions, space {version}")
-    y, x, scales = _fit(run, out, takes_part, users.num_rows, sampled)
+    y, x, scales, of_text = _fit(run, out, takes_part, users.num_rows, sampled)
     y_ids, x_ids = users["user_id"].filter(y.any(1)), items["item_id"].filter(x.any(1))
     interactions = items["interactions"].filter(x.any(1))
     y, x = y[y.any(1)], x[x.any(1)]
@@ -157,16 +164,20 @@ def train(run: Run, out: Staging, *, align_to: str | None, sampled: Pairs | None
             align_to = None
         else:
             y, x = (y @ rotation).astype(np.float32), (x @ rotation).astype(np.float32)
+            of_text = of_text.rotated(rotation) if of_text else None
     artifact.clear()
     artifact.write("users", pa.table({"user_id": y_ids, "embedding": to_column(y)}))
     artifact.write("items", pa.table({"item_id": x_ids, "embedding": to_column(x), "interactions": interactions}))
+    if of_text:
+        cf_start.write(artifact, of_text)
     facts = {
         "kind": "refresh" if sampled is not None else "cf",
         "run_id": run.run_id,
         "trained_on": run.run_date.isoformat(),
-        "conf": conf_digest(settings),
+        "conf": conf,
         "seed": settings.seed,
         "model": settings.cf.model,
+        "encoder_version": encoder_version,
         "dimension": settings.cf.dimension,
         "alpha": settings.cf.alpha,
         "regularization": settings.cf.regularization,
@@ -188,8 +199,8 @@ def pair_weights(weight: npt.NDArray[np.floating], binary: bool) -> npt.NDArray[
 
 def _fit(
     run: Run, out: Staging, takes_part: npt.NDArray[np.bool_], n_users: int, sampled: Pairs | None
-) -> tuple[Matrix, Matrix, dict[str, float]]:
-    """Users [n_users, d], items [n_items, d], and what fold-ins are multiplied by in this space."""
+) -> tuple[Matrix, Matrix, dict[str, float], TextMap | None]:
+    """Users [n_users, d], items [n_items, d], what fold-ins are multiplied by in this space, and where texts alone lie in it."""
     cf, seed = run.settings.cf, run.settings.seed
     names = set(CfParams.__dataclass_fields__) - {"checkpoint_dir"}
     params = {name: value for name, value in cf.model_dump().items() if name in names}
@@ -199,14 +210,18 @@ def _fit(
         given = CfParams(**params, checkpoint_dir=spark_path(scratch.uri))
         y, x = cf_model.fit(cf.model, pairs, n_users, len(takes_part), given, seed)
         scratch.clear()
-        return y, x, {"user_scale": 1.0, "item_scale": 1.0}
+        return y, x, {"user_scale": 1.0, "item_scale": 1.0}, None
     table = run.staging("snapshot").read("training_interactions", ["user_idx", "item_idx", "weight"])
     user, item = table["user_idx"].to_numpy(), table["item_idx"].to_numpy()
     kept = takes_part[item]
     real = Pairs(user[kept], item[kept], pair_weights(table["weight"].to_numpy()[kept], cf.binary)).sorted()
     together = _union(real, sampled) if sampled is not None else real
-    y, x = cf_model.fit(cf.model, together, n_users, len(takes_part), CfParams(**params), seed)
-    return y, x, _scales(real, y, x, cf.alpha, cf.regularization, seed)
+    given = CfParams(**params)
+    begin, of_text = cf_start.start(run, together, n_users) if cf.init == "llminit" else (None, None)
+    y, x = cf_model.fit(cf.model, together, n_users, len(takes_part), given, seed, begin)
+    if of_text:
+        of_text = cf_model.without_pairs(cf.model, given, of_text)
+    return y, x, _scales(real, y, x, cf.alpha, cf.regularization, seed), of_text
 
 
 def _union(real: Pairs, sampled: Pairs) -> Pairs:

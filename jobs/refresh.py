@@ -5,6 +5,8 @@ Method `retrain` trains CF again on the real pairs and FilterLLM's sampled ones 
 from that new space. Where an item's vector comes from is its `source`:
 
 - sampled: it has sampled users tonight; folded in from these, united with its few real pairs
+- llminit: cold, and where its text alone places it in a space that began with cf.init=llminit: what is left for an item
+  without sampled users, or the way for all cold items (refresh.cold)
 - cf: trained in the space; or folded in from its real pairs, for an item that the space does not have
 - carried_over: warm, not in the space, and published before in this space: the vector of then
 """
@@ -20,7 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs import cf, published
+from jobs import cf, cf_start, published
 from jobs.cf import Space
 from jobs.run import Run, log
 from jobs.staging import Staging
@@ -45,6 +47,7 @@ class _Night:
     run: Run
     user_ids: pa.Array
     item_ids: pa.Array
+    texts: pa.Array  # text_sha256 of the items, null for none
     warm: Mask
     sampled_rows: pa.Table  # of users and items that still exist
     sampled: Pairs  # the part of them that the refresh uses: indices and weights (relative to the item's first)
@@ -129,7 +132,7 @@ def _place(ids: pa.Array, among: list[str]) -> Rows:
 def _night(run: Run) -> _Night:
     snapshot, settings = run.staging("snapshot"), run.settings.refresh
     users = snapshot.read("users", ["user_id", "user_idx"]).sort_by("user_idx")
-    items = snapshot.read("items_labelled", ["item_id", "item_idx", "label"]).sort_by("item_idx")
+    items = snapshot.read("items_labelled", ["item_id", "item_idx", "label", "text_sha256"]).sort_by("item_idx")
     user_ids, item_ids = (table.column(0).combine_chunks() for table in (users, items))
     rows = run.staging("filterllm_score").read("sampled")
     rows = rows.filter(pc.and_(pc.is_in(rows["user_id"], user_ids), pc.is_in(rows["item_id"], item_ids)))
@@ -151,7 +154,8 @@ def _night(run: Run) -> _Night:
         total = np.bincount(sampled.items, sampled.weights, minlength=len(item_ids))[sampled.items]
         shares = settings.interactions * sampled.weights / total
     counted = Pairs(sampled.users, sampled.items, shares.astype(np.float32))
-    return _Night(run, user_ids, item_ids, pc.equal(items["label"], "warm").to_numpy(), rows, sampled, counted)
+    texts = items["text_sha256"].combine_chunks()
+    return _Night(run, user_ids, item_ids, texts, pc.equal(items["label"], "warm").to_numpy(), rows, sampled, counted)
 
 
 def _sampled_items(night: _Night) -> Mask:
@@ -217,6 +221,9 @@ def _items(night: _Night, space: Space, users: Matrix, in_space: Rows, real: Pai
         found.source[known] = np.where(sampled_items[known], "sampled", found.source[known])
     else:
         found.source[sampled_items] = None
+    if night.run.settings.refresh.cold == "llminit":
+        found.source[~night.warm] = None
+        _place_by_text(night, space, found)
     _carry_over(night, space, found)
 
     left = np.array([source is None for source in found.source], bool)
@@ -240,7 +247,19 @@ def _items(night: _Night, space: Space, users: Matrix, in_space: Rows, real: Pai
     vectors[np.isin(rows, real.items, invert=True)] *= np.float32(night.run.settings.refresh.scale)
     source = np.where(sampled_items[rows], "sampled", "cf").astype(object)
     found.put(rows, vectors, source, np.bincount(real.items, minlength=len(in_space))[rows], midnight)
+    _place_by_text(night, space, found)
     return found
+
+
+def _place_by_text(night: _Night, space: Space, found: _Items) -> None:
+    """Give cold items with a text that have no vector the one that their text alone has in the space, if it has any."""
+    if space.facts["encoder_version"] is None:
+        return
+    left = np.array([source is None for source in found.source], bool)
+    rows = np.flatnonzero(left & ~night.warm & night.texts.is_valid().to_numpy(zero_copy_only=False))
+    if len(rows):
+        vectors = cf_start.vectors(night.run, space.version, space.facts, night.texts.take(pa.array(rows)).to_pylist())
+        found.put(rows, vectors, "llminit", np.zeros(len(rows), np.int64), night.run.midnight)
 
 
 def _carry_over(night: _Night, space: Space, found: _Items) -> None:

@@ -66,22 +66,39 @@ class Text(_Section):
     shard_texts: int = Field(2048, ge=1, description="texts a shard: what a killed run can lose")
 
 
+class LLMInit(_Section):
+    """How text embeddings become the start of a CF model (udfs/llm_init.py)."""
+
+    select: Literal["random", "uniform", "variance", "pca", "full"] = "variance"
+    replacement: bool = Field(False, description="random: with replacement, as in the released code")
+    popular_share: float = Field(
+        0.2, gt=0, le=1, description="variance: over this share of the items, the most popular"
+    )
+    scale: Literal["raw", "unit_variance", "unit_norm"] = "raw"
+
+
 class Cf(_Section):
-    model: Literal["als", "als_cg", "lightgcn", "bpr"] = Field(
+    model: Literal["als", "als_cg", "bpr", "lightgcn", "sgl", "sgcl"] = Field(
         "als", description="als runs on Spark; als_cg is its twin in torch, for 256 dimensions and more on one machine"
     )
+    init: Literal["random", "llminit"] = Field("random", description="llminit: bpr, lightgcn, sgl and sgcl")
+    init_std: float = Field(0.1, gt=0, description="bpr, lightgcn, sgl, sgcl: size of a random start's entries")
+    llminit: LLMInit = LLMInit()
     dimension: int = Field(64, ge=2)
-    epochs: int = Field(15, ge=1, description="iterations of als and als_cg, epochs of lightgcn and bpr")
+    epochs: int = Field(15, ge=1, description="iterations of als and als_cg, epochs of the others")
     regularization: float = Field(0.05, gt=0, description="ALS and fold-in: lambda, times a row's number of pairs")
     alpha: float = Field(40.0, gt=0, description="ALS and fold-in: confidence is 1 + alpha * weight (Hu et al. 2008)")
-    learning_rate: float = Field(1e-2, gt=0, description="LightGCN and BPR")
-    weight_decay: float = Field(1e-4, ge=0, description="LightGCN and BPR: L2 of the embeddings of each triple")
+    learning_rate: float = Field(1e-2, gt=0, description="bpr, lightgcn, sgl, sgcl")
+    weight_decay: float = Field(1e-4, ge=0, description="bpr, lightgcn, sgl, sgcl: L2 of the embeddings of each triple")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="torch models; auto: a GPU if there is one")
-    batch_size: int = Field(8192, ge=1, description="LightGCN and BPR")
-    layers: int = Field(2, ge=0, description="LightGCN")
+    batch_size: int = Field(8192, ge=1, description="bpr, lightgcn, sgl, sgcl: pairs a step")
+    layers: int = Field(2, ge=0, description="lightgcn, sgl, sgcl")
+    temperature: float = Field(0.2, gt=0, description="sgl, sgcl: of their cosines")
+    contrast_weight: float = Field(0.05, ge=0, description="sgl: of InfoNCE beside BPR")
+    edge_dropout: float = Field(0.1, ge=0, lt=1, description="sgl: edges left out of a view")
     negatives: Literal["item", "user"] = Field(
         "item",
-        description="LightGCN and BPR: user sets users against each other for an item, as FilterLLM's guider does",
+        description="bpr, lightgcn, sgl: user sets users against each other for an item, as FilterLLM's guider does",
     )
     binary: bool = Field(True, description="every pair has weight 1; otherwise log(1 + sum of weights)")
     blocks: int = Field(2, ge=1, description="ALS: parallel blocks; 1 makes it deterministic to the last bit")
@@ -136,6 +153,10 @@ class Sampling(_Section):
 
 class Refresh(_Section):
     method: Literal["fold_in", "retrain"] = "fold_in"
+    cold: Literal["sampled", "llminit"] = Field(
+        "sampled",
+        description="where cold items' vectors come from: FilterLLM's sampled users, or (cf.init=llminit) their text's start",
+    )
     users: int | None = Field(None, ge=1, description="how many of the K users the refresh uses; all by default")
     by_probability: bool = Field(True, description="weigh the users by their probability; otherwise each counts as one")
     interactions: float = Field(
@@ -216,6 +237,12 @@ class Settings(_Section):
             raise ValueError(f"refresh.users ({self.refresh.users}) is more than sampling.k ({self.sampling.k})")
         if self.filterllm.lora and self.text.also:
             raise ValueError("filterllm.lora trains one language model: leave text.also empty")
+        if self.cf.init == "llminit" and self.cf.model in ("als", "als_cg"):
+            raise ValueError(f"cf.init llminit needs a cf.model that keeps its start, not {self.cf.model}")
+        if self.refresh.cold == "llminit" and self.cf.init != "llminit":
+            raise ValueError(
+                "refresh.cold llminit needs cf.init llminit: otherwise texts and space have nothing in common"
+            )
         if self.evaluate.protocol == "random_item" and self.snapshot.split is None:
             raise ValueError("evaluate.protocol random_item needs snapshot.split")
         return self

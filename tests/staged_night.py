@@ -32,8 +32,13 @@ def run_of(lake: Path, day: date, number: int = 1, **settings: Any) -> Run:
     return Run(chosen, day, f"{day:%Y%m%d}-{number:012x}", number, {"interactions": 0, "items": 0}, chosen.digest())
 
 
-def snapshot(run: Run, pairs: dict[Pair, float], cold: tuple[str, ...] = ()) -> None:
-    """Stage what snapshot leaves: `pairs` (user, item) -> weight; items without a pair, and those of `cold`, are cold."""
+def snapshot(
+    run: Run, pairs: dict[Pair, float], cold: tuple[str, ...] = (), texts: dict[str, list[float]] | None = None
+) -> None:
+    """Stage what snapshot leaves: `pairs` (user, item) -> weight; items without a pair, and those of `cold`, are cold.
+
+    With `texts` (item -> embedding) these items have a text, and stage text_embeddings has left its embedding.
+    """
     users = sorted({user for user, _ in pairs})
     items = sorted({item for _, item in pairs} | set(cold))
     user_idx, item_idx = ({name: i for i, name in enumerate(names)} for names in (users, items))
@@ -53,6 +58,7 @@ def snapshot(run: Run, pairs: dict[Pair, float], cold: tuple[str, ...] = ()) -> 
         "items_labelled",
         [
             {"item_id": x, "item_idx": i, "label": labels[x], "interactions": degree[x], "title": x, "content": x}
+            | ({"text_sha256": f"sha-{x}"} if texts and x in texts else {})
             for i, x in enumerate(items)
         ],
     )
@@ -65,6 +71,11 @@ def snapshot(run: Run, pairs: dict[Pair, float], cold: tuple[str, ...] = ()) -> 
     )
     digest = hashlib.sha256(repr(sorted(pairs.items())).encode()).hexdigest()
     out.complete({"training_digest": digest, "pairs": len(pairs)})
+    if texts:
+        vectors = pa.array(list(texts.values()), pa.list_(pa.float32()))
+        rows = {"text_sha256": [f"sha-{x}" for x in texts], "model_version": ["encoder"] * len(texts)}
+        run.lake.commit("text_embeddings", pa.table({**rows, "embedding": vectors}), app=run.run_id)
+        run.staging("text_embeddings").complete({"model_version": "encoder"})
 
 
 def blocks(n_blocks: int = 3, n_users: int = 8, n_items: int = 6, seed: int = 0) -> dict[Pair, float]:

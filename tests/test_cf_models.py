@@ -1,4 +1,4 @@
-"""Every CF model behind the one interface, on a matrix whose answer is known; LightGCN and BPR against dense formulas."""
+"""Every CF model behind the one interface, on a matrix whose answer is known; graphs and losses against dense formulas."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pyarrow as pa
 import pytest
 import torch
 
-from udfs import bpr, lightgcn
-from udfs.cf_model import ENGINES, CfError, CfParams, Pairs, fit
+from udfs import bpr, lightgcn, llm_init, pair_training, sgcl, sgl
+from udfs.cf_model import ENGINES, STARTABLE, CfError, CfParams, Pairs, fit, without_pairs
+from udfs.llm_init import LLMInit
 from udfs.vectors import from_column, to_column
 
 MODELS = sorted(ENGINES)
@@ -22,6 +23,8 @@ PARAMS = {
     "als_cg": CfParams(dimension=DIMENSION, epochs=6, alpha=10.0, regularization=0.5, device="cpu"),
     "lightgcn": CfParams(dimension=DIMENSION, epochs=40, batch_size=512, learning_rate=0.03, device="cpu"),
     "bpr": CfParams(dimension=DIMENSION, epochs=40, batch_size=512, learning_rate=0.03, device="cpu"),
+    "sgl": CfParams(dimension=DIMENSION, epochs=60, batch_size=512, learning_rate=0.03, device="cpu"),
+    "sgcl": CfParams(dimension=DIMENSION, epochs=30, batch_size=512, learning_rate=0.03, device="cpu"),
 }
 BLOCKS, USERS, ITEMS = 3, 20, 12  # users and items a block
 
@@ -104,7 +107,7 @@ def test_a_gpu_that_is_asked_for_and_missing_is_an_error() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
-@pytest.mark.parametrize("model", ["als_cg", "lightgcn", "bpr"])
+@pytest.mark.parametrize("model", [m for m in MODELS if ENGINES[m] == "torch"])
 def test_the_gpu_learns_the_blocks_too(model: str) -> None:
     train, held = _block_matrix()
     params = CfParams(dimension=DIMENSION, epochs=40, batch_size=512, learning_rate=0.03, device="cuda")
@@ -155,6 +158,107 @@ def test_the_bpr_loss_and_its_gradient_are_the_papers() -> None:
         tensors, (-slope * (i - j) + decay * u, -slope * u + decay * i, slope * u + decay * j), strict=True
     ):
         np.testing.assert_allclose(tensor.grad.numpy(), gradient / 6, atol=1e-14)
+
+
+def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a @ b.T) / np.outer(np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1))
+
+
+def test_the_contrastive_losses_are_the_papers() -> None:
+    rng = np.random.default_rng(3)
+    one, other = rng.standard_normal((2, 6, 4))
+    weights, t = rng.random(6) + 0.5, 0.2
+    e = np.exp(_cosines(one, other) / t)
+    expected = -np.log(np.diag(e) / e.sum(1)).mean()
+    assert sgl.info_nce(*map(torch.from_numpy, (one, other)), t).item() == pytest.approx(expected, rel=1e-12)
+
+    away = np.exp(_cosines(one, one) / t).sum(1) + np.exp(_cosines(other, other) / t).sum(1)
+    expected = -(weights * np.log(np.diag(e) / away)).mean()
+    users, items = (torch.from_numpy(x).requires_grad_() for x in (one, other))
+    found = sgcl.sgcl_loss(users, items, torch.from_numpy(weights), t)
+    assert found.item() == pytest.approx(expected, rel=1e-12)
+    assert torch.autograd.gradcheck(lambda u, i: sgcl.sgcl_loss(u, i, torch.from_numpy(weights), t), (users, items))
+
+
+def test_sgls_views_leave_edges_out_and_its_objective_adds_up() -> None:
+    train, _ = _block_matrix()
+    params = CfParams(dimension=DIMENSION, edge_dropout=0.3, contrast_weight=0.5, temperature=0.3, device="cpu")
+    tensors = (torch.from_numpy(side.astype(np.int64)) for side in (train.users, train.items))
+    data = pair_training.Data(*tensors, torch.ones(len(train.users)), 60, 36, torch.Generator().manual_seed(1))
+    objective = sgl.Sgl(data, params)
+    objective.begin_epoch()
+    operators = [view(torch.eye(96)) for view in (*objective._views, objective._bpr.embeddings)]
+    edges = [int((operator[:60, 60:] != 0).sum()) for operator in operators]
+    assert not torch.equal(operators[0], operators[1])
+    one_layer = [view._graph.to_dense()[:60, 60:] != 0 for view in objective._views]
+    assert all(0.6 < float(view.sum()) / len(train.users) < 0.8 for view in one_layer)
+    assert max(edges[:2]) <= edges[2]
+    before = objective._views
+    objective.begin_epoch()
+    assert not torch.equal(before[0](torch.eye(96)), objective._views[0](torch.eye(96)))
+
+    ego = torch.randn(96, DIMENSION, generator=torch.Generator().manual_seed(2))
+    batch = torch.arange(0, len(train.users), 3)
+    state = data.generator.get_state()
+    found = objective.loss(ego, batch)
+    data.generator.set_state(state)
+    views = [view(ego).numpy() for view in objective._views]
+    contrast = 0.0
+    for rows in (np.unique(train.users[batch]), 60 + np.unique(train.items[batch])):
+        e = np.exp(_cosines(views[0][rows], views[1][rows]) / 0.3)
+        contrast += -np.log(np.diag(e) / e.sum(1)).mean()
+    assert found.item() == pytest.approx(objective._bpr.loss(ego, batch).item() + 0.5 * contrast, rel=1e-5)
+
+
+@pytest.mark.parametrize("model", STARTABLE)
+def test_a_training_begins_where_it_is_told_and_ends_when_it_is_told(model: str) -> None:
+    train, _ = _block_matrix()
+    rng = np.random.default_rng(6)
+    start = tuple(rng.standard_normal((n, DIMENSION)).astype(np.float32) for n in (62, 39))
+    seen: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def look(epoch: int, embeddings: Callable[[], tuple[np.ndarray, np.ndarray]]) -> bool:
+        assert epoch == len(seen) + 1
+        seen.append(embeddings())
+        return epoch == 2
+
+    still = replace(PARAMS[model], learning_rate=1e-9, layers=0)
+    users, items = fit(model, train, 62, 39, still, 1, start=start, on_epoch=look)
+    assert len(seen) == 2
+    np.testing.assert_array_equal(seen[1][0], users)
+    np.testing.assert_array_equal(seen[1][1], items)
+    expected = [x / np.linalg.norm(x, axis=1, keepdims=True) if model == "sgcl" else x for x in start]
+    np.testing.assert_allclose(users[:60], expected[0][:60], atol=1e-5)
+    np.testing.assert_allclose(items[:36], expected[1][:36], atol=1e-5)
+    assert not users[60:].any()
+    assert not items[36:].any()
+
+
+def test_als_takes_no_start() -> None:
+    train, _ = _block_matrix()
+    start = (np.zeros((60, DIMENSION), np.float32), np.zeros((36, DIMENSION), np.float32))
+    with pytest.raises(TypeError, match="als_cg begins and ends by itself"):
+        fit("als_cg", train, 60, 36, PARAMS["als_cg"], 1, start=start)
+
+
+@pytest.mark.parametrize("model", STARTABLE)
+def test_an_item_without_pairs_is_scored_as_the_model_would(model: str) -> None:
+    """A node that no edge reaches keeps its start; what the model scores for it is what its operator makes of that."""
+    rng = np.random.default_rng(7)
+    texts = rng.standard_normal((4, DIMENSION)).astype(np.float32)
+    of_text = llm_init.text_map(texts, np.ones(4, int), DIMENSION, LLMInit(select="full"), 0)
+    params = replace(PARAMS[model], layers=3)
+    found = without_pairs(model, params, of_text)(texts)
+    if model == "bpr":
+        expected = texts
+    else:
+        graph = lightgcn.normalized_adjacency(np.array([0]), np.array([0]), 1, 5)
+        operator = lightgcn.Propagation(graph, 3, torch.device("cpu"), torch.float32)
+        ego = torch.from_numpy(np.concatenate([np.ones((2, DIMENSION), np.float32), texts]))
+        expected = operator(ego)[2:].numpy()
+        if model == "sgcl":
+            expected = expected / np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_negatives_are_uniform_over_the_items_a_user_has_no_pair_with() -> None:

@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs import cf
+from jobs import cf, cf_start
 from jobs.run import Run, execute
 from jobs.staging import StagingError
-from tests.staged_night import blocks, run_of, snapshot
+from tests.staged_night import Pair, blocks, run_of, snapshot
 from udfs.cf_model import CfError
 
 BPR = {"model": "bpr", "epochs": 30, "batch_size": 256, "learning_rate": 0.03}
 DAY = date(2026, 3, 1)
 
 
-def _stage(run: Run, pairs: dict[tuple[str, str], float], cold: tuple[str, ...] = ()) -> dict[str, Any]:
-    snapshot(run, pairs, cold)
+def _stage(run: Run, pairs: dict[Pair, float], cold: tuple[str, ...] = (), texts: Any = None) -> dict[str, Any]:
+    snapshot(run, pairs, cold, texts)
     return execute(run, "cf", cf.run)
 
 
@@ -113,6 +113,38 @@ def test_a_space_that_a_kill_left_half_written_is_made_again(tmp_path: Path) -> 
     run.staging("cf").clear()
     facts = execute(run, "cf", cf.run)
     assert {**facts, "seconds": 0} == {**again, "seconds": 0}
+
+
+def test_a_space_that_began_with_texts(tmp_path: Path) -> None:
+    """Nothing is learnt (the rate is next to nothing), so the space is its start."""
+    rng = np.random.default_rng(0)
+    pairs = blocks()
+    items = sorted({item for _, item in pairs})
+    texts = {item: rng.standard_normal(6).astype(np.float32).tolist() for item in [*items[1:], "new"]}
+    still = {**BPR, "init": "llminit", "llminit": {"select": "uniform"}, "learning_rate": 1e-9}
+    run = run_of(tmp_path, DAY, cf=still)
+    facts = _stage(run, pairs, ("new",), texts)
+    space = cf.load_space(run, facts["space_version"])
+    assert space.facts["encoder_version"] == "encoder"
+    own = np.array([texts[item][::2] for item in items[1:]])
+    found = dict(zip(space.item_ids, space.items, strict=True))
+    np.testing.assert_allclose([found[item] for item in items[1:]], own, atol=1e-5)
+    np.testing.assert_allclose(found[items[0]], own.mean(axis=0), atol=1e-5)  # it has no text
+    mine = [found[item] for user, item in pairs if user == space.user_ids[3]]
+    np.testing.assert_allclose(space.users[3], np.mean(mine, axis=0), atol=1e-5)
+    # Rotated onto another space, the start of a text turns with it.
+    later = run_of(tmp_path, date(2026, 4, 1), cf={**still, "llminit": {"select": "variance"}})
+    facts = _stage(later, pairs, ("new",), texts)
+    assert facts["aligned_to"] == space.version
+    turned = cf.load_space(later, facts["space_version"])
+    shas = [f"sha-{item}" for item in (*turned.item_ids[1:], "new")]
+    by_text = cf_start.vectors(later, turned.version, turned.facts, shas)
+    np.testing.assert_allclose(by_text[:-1], turned.items[1:], atol=1e-5)
+    assert by_text[-1].any()
+    # Other texts are another space.
+    del texts[items[1]]
+    other = _stage(run_of(tmp_path / "other", DAY, cf=still), pairs, ("new",), texts)
+    assert other["space_version"] != space.version
 
 
 def test_without_warm_items_it_says_what_to_change(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from jobs import cf, refresh
+from jobs import cf, cf_start, refresh
 from jobs.run import OUTPUTS, Run, execute
 from schemas.table import table as schema
 from tests.staged_night import Pair, blocks, run_of, snapshot
@@ -28,10 +28,14 @@ SAMPLED = {
 
 
 def _night(
-    run: Run, pairs: dict[Pair, float], sampled: dict[str, list[tuple[str, float]]], cold: tuple[str, ...] = ()
+    run: Run,
+    pairs: dict[Pair, float],
+    sampled: dict[str, list[tuple[str, float]]],
+    cold: tuple[str, ...] = (),
+    texts: dict[str, list[float]] | None = None,
 ) -> tuple[dict[str, Any], dict[str, pa.Table], cf.Space]:
     """Run cf and refresh on staged tables: facts, the output tables, and the night's space of stage cf."""
-    snapshot(run, pairs, cold)
+    snapshot(run, pairs, cold, texts)
     chosen = execute(run, "cf", cf.run)
     run.staging("filterllm_train").complete({"model_version": "m1", "space_version": chosen["space_version"]})
     rows = [
@@ -128,6 +132,33 @@ def test_cold_items_are_folded_in_and_the_space_stays_bit_for_bit(by_probability
     assert best.startswith("i0")
     kept = tables["sampled_interactions"].select(["item_id", "user_id", "rank", "probability", "propensity"])
     assert kept.equals(run.staging("filterllm_score").read("sampled").cast(kept.schema))
+
+
+@pytest.mark.parametrize("way", ["sampled", "llminit"])
+def test_a_cold_item_s_start_is_what_is_left_or_the_way(way: str, tmp_path: Path) -> None:
+    pairs = {**blocks(), ("u0-1", "new-0"): 1.0}
+    cold = ("new-0", "new-1", "no-text")
+    # A text says whose item it is.
+    texts = {item: np.eye(5)[int(item[1])].tolist() for item in sorted({i for _, i in blocks()})}
+    texts |= {"new-0": np.eye(5)[0].tolist(), "new-1": np.eye(5)[1].tolist()}
+    began = {**BPR, "init": "llminit", "llminit": {"select": "pca"}}
+    run = run_of(tmp_path, DAY, cf=began, refresh={"cold": way}, snapshot={"warm_interactions": 2})
+    sampled = {"new-0": SAMPLED["new-0"]}
+    facts, tables, space = _night(run, pairs, sampled, cold, texts)
+    items, users = _by_id(tables["item_embeddings"]), _by_id(tables["user_embeddings"])
+    assert facts["sources"] == (
+        {"cf": 18, "llminit": 1, "sampled": 1} if way == "sampled" else {"cf": 18, "llminit": 2}
+    )
+    assert facts["items_left_out"] == 1
+    assert (items["new-1"]["source"], items["new-1"]["interactions"]) == ("llminit", 0)
+    shas = ["sha-new-0", "sha-new-1"]
+    starts = cf_start.vectors(run, space.version, space.facts, shas)
+    np.testing.assert_array_equal(items["new-1"]["embedding"], starts[1])
+    if way == "llminit":
+        np.testing.assert_array_equal(items["new-0"]["embedding"], starts[0])
+    best = sorted(users, key=lambda u: -float(users[u]["embedding"] @ items["new-1"]["embedding"]))[:5]
+    assert all(user.startswith("u1") for user in best)
+    assert tables["sampled_interactions"].num_rows == 3
 
 
 def test_refresh_users_cuts_what_is_used_not_what_is_published(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """BPR matrix factorisation (Rendle et al. 2009, "BPR: Bayesian personalized ranking from implicit feedback") in torch.
 
-The training loop is LightGCN's too (udfs/lightgcn.py): there the embeddings pass through the graph before they are scored.
+Its objective is LightGCN's and part of SGL's too: there the embeddings pass through the graph before they are scored.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
+from udfs import pair_training
+from udfs.pair_training import Data, OnEpoch, Start
 from udfs.vectors import Matrix
 
 if TYPE_CHECKING:
@@ -71,57 +72,52 @@ class NegativeSampler:
         return items, ~positive
 
 
-def train(
-    pairs: Pairs, n_users: int, n_items: int, params: CfParams, seed: int, propagate: Propagate | None = None
-) -> tuple[Matrix, Matrix]:
-    """Learn embeddings with Adam on BPR triples; one negative a pair and epoch.
+class Bpr:
+    """BPR triples, one negative a pair and epoch.
 
     params.negatives says what a pair is set against: "item", another item for the same user (Rendle 2009), or "user", another
     user for the same item: then the embeddings say which users an item is for, as FilterLLM's CF guider does (arXiv
     2502.16924, L_G).
-
-    The same seed gives the same result on the same kind of device.
-
-    Args:
-        pairs: users 0 .. n_users - 1 and items 0 .. n_items - 1, each with at least one pair.
-        propagate: applied once a batch to all embeddings; none for plain matrix factorisation.
-
-    Returns:
-        users [n_users, d] and items [n_items, d] as they are scored, float32.
     """
-    device = torch.device(params.torch_device())
-    generator = torch.Generator(device=device).manual_seed(seed)
-    start = torch.randn(
-        n_users + n_items, params.dimension, generator=torch.Generator().manual_seed(seed), dtype=torch.float32
-    )
-    ego = torch.nn.Parameter((0.1 * start).to(device))
-    users = torch.from_numpy(pairs.users.astype(np.int64)).to(device)
-    items = torch.from_numpy(pairs.items.astype(np.int64)).to(device)
-    weights = torch.from_numpy((pairs.weights / pairs.weights.mean()).astype(np.float32)).to(device)
-    # Rows of `ego`: whose preference a triple states, and over which rows.
-    anchor, positive, first, others = users, items, n_users, n_items
-    if params.negatives == "user":
-        anchor, positive, first, others = items, users, 0, n_users
-    negatives = NegativeSampler(anchor, positive, others, generator)
-    offset = n_users - first
-    optimizer = torch.optim.Adam([ego], lr=params.learning_rate)
-    for _ in range(params.epochs):
-        order = torch.randperm(len(users), generator=generator, device=device)
-        for batch in order.split(params.batch_size):
-            negative, counts = negatives(anchor[batch])
-            rows = (offset + anchor[batch], first + positive[batch], first + negative)
-            everything = propagate(ego) if propagate else ego
-            u, i, j = (F.embedding(r, everything) for r in rows)
-            u0, i0, j0 = (F.embedding(r, ego) for r in rows) if propagate else (u, i, j)
-            loss = bpr_loss((u, i, j), (u0, i0, j0), weights[batch] * counts, params.weight_decay)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-    with torch.no_grad():
-        final = (propagate(ego) if propagate else ego).float().cpu().numpy()
-    return final[:n_users].copy(), final[n_users:].copy()
+
+    def __init__(self, data: Data, params: CfParams, propagate: Propagate | None = None) -> None:
+        """`propagate` is applied once a batch to all embeddings; none for plain matrix factorisation."""
+        # Rows of `ego`: whose preference a triple states, and over which rows.
+        self._anchor, self._positive, self._first, others = data.users, data.items, data.n_users, data.n_items
+        if params.negatives == "user":
+            self._anchor, self._positive, self._first, others = data.items, data.users, 0, data.n_users
+        self._anchors_from = data.n_users - self._first
+        self._negatives = NegativeSampler(self._anchor, self._positive, others, data.generator)
+        self._weights, self._weight_decay = data.weights, params.weight_decay
+        self._propagate = propagate
+
+    def begin_epoch(self) -> None:
+        pass
+
+    def loss(self, ego: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+        negative, counts = self._negatives(self._anchor[batch])
+        rows = (
+            self._anchors_from + self._anchor[batch],
+            self._first + self._positive[batch],
+            self._first + negative,
+        )
+        everything = self.embeddings(ego)
+        u, i, j = (F.embedding(r, everything) for r in rows)
+        u0, i0, j0 = (F.embedding(r, ego) for r in rows) if self._propagate else (u, i, j)
+        return bpr_loss((u, i, j), (u0, i0, j0), self._weights[batch] * counts, self._weight_decay)
+
+    def embeddings(self, ego: torch.Tensor) -> torch.Tensor:
+        return self._propagate(ego) if self._propagate else ego
 
 
-def fit(pairs: Pairs, n_users: int, n_items: int, params: CfParams, seed: int) -> tuple[Matrix, Matrix]:
-    """BPR-MF: `train` without a graph."""
-    return train(pairs, n_users, n_items, params, seed)
+def fit(
+    pairs: Pairs,
+    n_users: int,
+    n_items: int,
+    params: CfParams,
+    seed: int,
+    start: Start | None = None,
+    on_epoch: OnEpoch | None = None,
+) -> tuple[Matrix, Matrix]:
+    """BPR-MF: see `udfs.pair_training.train`."""
+    return pair_training.train(pairs, n_users, n_items, params, seed, Bpr, start, on_epoch)

@@ -6,7 +6,8 @@ torch models take arrays.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -18,13 +19,20 @@ from udfs.vectors import Matrix
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
+    from udfs.llm_init import TextMap
+    from udfs.pair_training import OnEpoch, Start
+
 #: model -> what its `pairs` are.
 ENGINES: dict[str, Literal["spark", "torch"]] = {
     "als": "spark",
     "als_cg": "torch",
-    "lightgcn": "torch",
     "bpr": "torch",
+    "lightgcn": "torch",
+    "sgl": "torch",
+    "sgcl": "torch",
 }
+#: Models that can be given a start, and looked at after each epoch.
+STARTABLE = ("bpr", "lightgcn", "sgl", "sgcl")
 
 
 class CfError(ColdRefreshError):
@@ -44,7 +52,11 @@ class CfParams:
     weight_decay: float = 1e-4
     batch_size: int = 8192
     layers: int = 2
-    negatives: Literal["item", "user"] = "item"  # lightgcn, bpr: see udfs/bpr.py
+    negatives: Literal["item", "user"] = "item"  # bpr, lightgcn, sgl: see udfs/bpr.py
+    init_std: float = 0.1
+    temperature: float = 0.2
+    contrast_weight: float = 0.05
+    edge_dropout: float = 0.1
     device: str = "auto"
     checkpoint_dir: str | None = None  # als: a folder that Spark's workers share
 
@@ -80,12 +92,22 @@ class Pairs:
 
 
 def fit(
-    model: str, pairs: DataFrame | Pairs, n_users: int, n_items: int, params: CfParams, seed: int
+    model: str,
+    pairs: DataFrame | Pairs,
+    n_users: int,
+    n_items: int,
+    params: CfParams,
+    seed: int,
+    start: Start | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> tuple[Matrix, Matrix]:
-    """Train `model` (als, als_cg, lightgcn or bpr).
+    """Train `model`, a key of ENGINES.
 
     Args:
         pairs: for als a Spark DataFrame (user_idx, item_idx, weight), otherwise Pairs; at least one.
+        start: users [n_users, dimension] and items [n_items, dimension] to begin with, for a model of STARTABLE; drawn by
+            default. Rows of users and items without a pair are not looked at.
+        on_epoch: see udfs/pair_training.py; for a model of STARTABLE.
 
     Returns:
         users [n_users, dimension] and items [n_items, dimension], float32 and finite. A user or an item without a pair has a
@@ -93,8 +115,10 @@ def fit(
 
     Raises:
         CfError: there is no pair, the GPU that is asked for is missing, or the embeddings are not finite.
-        TypeError: `pairs` is not what the model takes.
+        TypeError: `pairs` is not what the model takes, or it takes neither `start` nor `on_epoch`.
     """
+    if model not in STARTABLE and not (start is None and on_epoch is None):
+        raise TypeError(f"{model} begins and ends by itself: a start and on_epoch are for {', '.join(STARTABLE)}")
     if isinstance(pairs, Pairs) != (ENGINES[model] == "torch"):
         raise TypeError(f"{model} runs on {ENGINES[model]} and cannot take its pairs as {type(pairs).__name__}")
     if not isinstance(pairs, Pairs):
@@ -102,29 +126,58 @@ def fit(
 
         users, items = als.fit(pairs, n_users, n_items, params, seed)
     else:
-        users, items = _fit_torch(model, pairs, n_users, n_items, params, seed)
+        users, items = _fit_torch(model, pairs, n_users, n_items, params, seed, start, on_epoch)
     if not (np.isfinite(users).all() and np.isfinite(items).all()):
         raise CfError(
             f"{model} gave embeddings that are not finite: lower cf.learning_rate, or raise cf.regularization "
-            f"(als, als_cg) or cf.weight_decay (lightgcn, bpr)"
+            f"(als, als_cg) or cf.weight_decay (the others)"
         )
     return users, items
 
 
-def _fit_torch(
-    model: str, pairs: Pairs, n_users: int, n_items: int, params: CfParams, seed: int
-) -> tuple[Matrix, Matrix]:
-    from udfs import als_cg, bpr, lightgcn
+def without_pairs(model: str, params: CfParams, start: TextMap) -> TextMap:
+    """What `model` scores for an item that begins at its `start` and has no pair, and so stays there.
 
+    The layers of a graph are empty around it (a mean of `params.layers` + 1 with one that is not zero).
+    """
+    if model == "sgcl":
+        return replace(start, length=1.0)
+    return start if model == "bpr" else start.rotated(np.eye(params.dimension), 1 / (params.layers + 1))
+
+
+def _fit_torch(
+    model: str,
+    pairs: Pairs,
+    n_users: int,
+    n_items: int,
+    params: CfParams,
+    seed: int,
+    start: Start | None,
+    on_epoch: OnEpoch | None,
+) -> tuple[Matrix, Matrix]:
     if not len(pairs.users):
         raise CfError(f"no pair to train {model} on: {n_users} users and {n_items} items, 0 pairs")
     pairs = pairs.sorted()
     known_users, user = np.unique(pairs.users, return_inverse=True)
     known_items, item = np.unique(pairs.items, return_inverse=True)
-    trained = {"als_cg": als_cg.fit, "lightgcn": lightgcn.fit, "bpr": bpr.fit}[model](
-        Pairs(user, item, pairs.weights), len(known_users), len(known_items), params, seed
-    )
-    users = np.zeros((n_users, params.dimension), np.float32)
-    items = np.zeros((n_items, params.dimension), np.float32)
-    users[known_users], items[known_items] = trained
-    return users, items
+    known = Pairs(user, item, pairs.weights)
+    sizes = len(known_users), len(known_items)
+
+    def of_all(trained: tuple[Matrix, Matrix]) -> tuple[Matrix, Matrix]:
+        users = np.zeros((n_users, params.dimension), np.float32)
+        items = np.zeros((n_items, params.dimension), np.float32)
+        users[known_users], items[known_items] = trained
+        return users, items
+
+    if model == "als_cg":
+        from udfs import als_cg
+
+        return of_all(als_cg.fit(known, *sizes, params, seed))
+    from udfs import bpr, lightgcn, sgcl, sgl
+
+    def told(epoch: int, embeddings: Callable[[], tuple[Matrix, Matrix]]) -> bool:
+        return on_epoch is not None and on_epoch(epoch, lambda: of_all(embeddings()))
+
+    begin = None if start is None else (start[0][known_users], start[1][known_items])
+    module = {"bpr": bpr, "lightgcn": lightgcn, "sgl": sgl, "sgcl": sgcl}[model]
+    return of_all(module.fit(known, *sizes, params, seed, begin, told))

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from udfs import bpr
+from udfs import pair_training
+from udfs.bpr import Bpr
+from udfs.pair_training import Data, OnEpoch, Start
 from udfs.vectors import Matrix
 
 if TYPE_CHECKING:
@@ -66,8 +68,25 @@ class Propagation:
         return total / (self._layers + 1)
 
 
-def fit(pairs: Pairs, n_users: int, n_items: int, params: CfParams, seed: int) -> tuple[Matrix, Matrix]:
-    """Train on `pairs`; as `udfs.bpr.train`, with one propagation over the whole graph a batch."""
-    adjacency = normalized_adjacency(pairs.users, pairs.items, n_users, n_items)
-    propagation = Propagation(adjacency, params.layers, torch.device(params.torch_device()), torch.float32)
-    return bpr.train(pairs, n_users, n_items, params, seed, propagation)
+def propagation(data: Data, params: CfParams) -> Propagation:
+    """Over the graph of the training pairs, on their device."""
+    users, items = data.users.cpu().numpy(), data.items.cpu().numpy()
+    adjacency = normalized_adjacency(users, items, data.n_users, data.n_items)
+    return Propagation(adjacency, params.layers, data.users.device, torch.float32)
+
+
+def fit(
+    pairs: Pairs,
+    n_users: int,
+    n_items: int,
+    params: CfParams,
+    seed: int,
+    start: Start | None = None,
+    on_epoch: OnEpoch | None = None,
+) -> tuple[Matrix, Matrix]:
+    """As `udfs.pair_training.train`, with one propagation over the whole graph a batch."""
+
+    def objective(data: Data, params: CfParams) -> Bpr:
+        return Bpr(data, params, propagation(data, params))
+
+    return pair_training.train(pairs, n_users, n_items, params, seed, objective, start, on_epoch)
