@@ -27,7 +27,7 @@ _DRAWS = 4
 
 def bpr_loss(
     scored: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    ego: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    ego: tuple[torch.Tensor, ...],
     weights: torch.Tensor,
     weight_decay: float,
 ) -> torch.Tensor:
@@ -35,7 +35,7 @@ def bpr_loss(
 
     Args:
         scored: users u, positives i and negatives j as they are scored, [n, d] each.
-        ego: the same rows as they are learnt (He et al. 2020, equation 15, penalises these).
+        ego: the same rows as they are learnt (He et al. 2020, equation 15, penalises these), in any number of parts.
         weights: [n], what a triple counts.
     """
     user, positive, negative = scored
@@ -96,15 +96,13 @@ class Bpr:
 
     def loss(self, ego: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
         negative, counts = self._negatives(self._anchor[batch])
-        rows = (
-            self._anchors_from + self._anchor[batch],
-            self._first + self._positive[batch],
-            self._first + negative,
-        )
-        everything = self.embeddings(ego)
-        u, i, j = (F.embedding(r, everything) for r in rows)
-        u0, i0, j0 = (F.embedding(r, ego) for r in rows) if self._propagate else (u, i, j)
-        return bpr_loss((u, i, j), (u0, i0, j0), self._weights[batch] * counts, self._weight_decay)
+        anchor, positive = self._anchors_from + self._anchor[batch], self._first + self._positive[batch]
+        # Rows of all three at once: each gather's gradient is as large as `ego`.
+        rows = torch.cat([anchor, positive, self._first + negative])
+        scored = F.embedding(rows, self.embeddings(ego))
+        learnt = F.embedding(rows, ego) if self._propagate else scored
+        u, i, j = scored.chunk(3)
+        return bpr_loss((u, i, j), (learnt,), self._weights[batch] * counts, self._weight_decay)
 
     def embeddings(self, ego: torch.Tensor) -> torch.Tensor:
         return self._propagate(ego) if self._propagate else ego

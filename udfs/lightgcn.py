@@ -52,9 +52,10 @@ class Propagation:
         self._layers = layers
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch calls its CSR tensors beta, once a process
+            # On a CPU the product is MKL's, which has 32-bit indices: others would be converted each time.
             self._graph = torch.sparse_csr_tensor(
-                torch.from_numpy(adjacency.indptr.astype(np.int64)),
-                torch.from_numpy(adjacency.indices.astype(np.int64)),
+                torch.from_numpy(adjacency.indptr.astype(np.int32)),
+                torch.from_numpy(adjacency.indices.astype(np.int32)),
                 torch.from_numpy(adjacency.data).to(dtype),
                 size=adjacency.shape,
             ).to(device)

@@ -87,7 +87,7 @@ def train(
     weights = torch.from_numpy((pairs.weights / pairs.weights.mean()).astype(np.float32)).to(device)
     users, items = (torch.from_numpy(side.astype(np.int64)).to(device) for side in (pairs.users, pairs.items))
     objective = objective_of(Data(users, items, weights, n_users, n_items, generator), params)
-    optimizer = torch.optim.Adam([ego], lr=params.learning_rate)
+    optimizer = torch.optim.Adam([ego], lr=params.learning_rate, fused=True)
 
     def embeddings() -> tuple[Matrix, Matrix]:
         with torch.no_grad():
