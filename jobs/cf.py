@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Any
 
@@ -192,6 +192,12 @@ def train(run: Run, out: Staging, *, align_to: str | None, sampled: Pairs | None
     return version
 
 
+def params(settings: Settings) -> CfParams:
+    """How to train, as the settings say."""
+    names = set(CfParams.__dataclass_fields__) - {"checkpoint_dir"}
+    return CfParams(**{name: value for name, value in settings.cf.model_dump().items() if name in names})
+
+
 def pair_weights(weight: npt.NDArray[np.floating], binary: bool) -> npt.NDArray[np.float32]:
     """What a pair counts in a space whose fact `binary` is this, from the snapshot's weight."""
     return (np.ones(len(weight)) if binary else np.log1p(weight)).astype(np.float32)
@@ -202,12 +208,11 @@ def _fit(
 ) -> tuple[Matrix, Matrix, dict[str, float], TextMap | None]:
     """Users [n_users, d], items [n_items, d], what fold-ins are multiplied by in this space, and where texts alone lie in it."""
     cf, seed = run.settings.cf, run.settings.seed
-    names = set(CfParams.__dataclass_fields__) - {"checkpoint_dir"}
-    params = {name: value for name, value in cf.model_dump().items() if name in names}
+    given = params(run.settings)
     if cf_model.ENGINES[cf.model] == "spark":
         scratch = Staging(out.path("checkpoint"))
         pairs = _spark_pairs(run, sampled)
-        given = CfParams(**params, checkpoint_dir=spark_path(scratch.uri))
+        given = replace(given, checkpoint_dir=spark_path(scratch.uri))
         y, x = cf_model.fit(cf.model, pairs, n_users, len(takes_part), given, seed)
         scratch.clear()
         return y, x, {"user_scale": 1.0, "item_scale": 1.0}, None
@@ -216,7 +221,6 @@ def _fit(
     kept = takes_part[item]
     real = Pairs(user[kept], item[kept], pair_weights(table["weight"].to_numpy()[kept], cf.binary)).sorted()
     together = _union(real, sampled) if sampled is not None else real
-    given = CfParams(**params)
     begin, of_text = cf_start.start(run, together, n_users) if cf.init == "llminit" else (None, None)
     y, x = cf_model.fit(cf.model, together, n_users, len(takes_part), given, seed, begin)
     if of_text:

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from jobs import text_embeddings
 from jobs.run import Run
+from jobs.settings import Settings
 from jobs.staging import Staging
 from udfs import llm_init
 from udfs.cf_model import Pairs
@@ -43,17 +44,24 @@ def start(run: Run, pairs: Pairs, n_users: int) -> tuple[tuple[Matrix, Matrix], 
         udfs.llm_init.LLMInitError: the widths do not fit, or no item that is trained has a text.
         jobs.text_embeddings.TextEmbeddingsError: a text has no embedding.
     """
-    cf, seed = run.settings.cf, run.settings.seed
     shas = (
         run.staging("snapshot").read("items_labelled", ["item_idx", "text_sha256"]).sort_by("item_idx")["text_sha256"]
     )
     popularity = np.bincount(pairs.items, minlength=len(shas))
     there = np.flatnonzero(shas.is_valid().to_numpy() & (popularity > 0))
     vectors = text_embeddings.load(run, shas.take(pa.array(there)).to_pylist(), str(encoder_version(run)))
-    options = LLMInit(**cf.llminit.model_dump(), std=cf.init_std)
-    of_text = llm_init.text_map(vectors, popularity[there], cf.dimension, options, seed)
     texts = np.full((len(shas), vectors.shape[1]), np.nan, np.float32)
     texts[there] = vectors
+    return of_texts(run.settings, texts, pairs, n_users)
+
+
+def of_texts(settings: Settings, texts: Matrix, pairs: Pairs, n_users: int) -> tuple[tuple[Matrix, Matrix], TextMap]:
+    """As `start`, of the items' text embeddings [items, D], with rows of NaN for items that have none or are not trained."""
+    cf = settings.cf
+    popularity = np.bincount(pairs.items, minlength=len(texts))
+    there = np.isfinite(texts).all(axis=1)
+    options = LLMInit(**cf.llminit.model_dump(), std=cf.init_std)
+    of_text = llm_init.text_map(texts[there], popularity[there], cf.dimension, options, settings.seed)
     return llm_init.start(texts, pairs.users, pairs.items, n_users, of_text), of_text
 
 

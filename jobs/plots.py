@@ -127,3 +127,21 @@ def probability_by_rank(ranks: NDArray[np.int64], probabilities: NDArray[np.floa
     axis.set_ylabel("p(user | item)", fontsize=9, color=_INK)
     axis.grid(axis="y", color=_GRID)
     return _svg(figure)
+
+
+def curves(lines: dict[str, list[tuple[float, float]]], x: str, y: str) -> str:
+    """One line a name through its (x, y) points; x on a logarithmic axis with a tick at each point."""
+    figure, (axis,) = _figure(5.4, 3.2)
+    for (name, points), colour in zip(lines.items(), _COLOURS.values(), strict=False):
+        xs, ys = zip(*sorted(points), strict=True)
+        axis.plot(xs, ys, color=colour, marker="o", markersize=4, label=name)
+    ticks = sorted({at for points in lines.values() for at, _ in points})
+    axis.set_xscale("log")
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+    axis.minorticks_off()
+    axis.set_xlabel(x, fontsize=9, color=_INK)
+    axis.set_ylabel(y, fontsize=9, color=_INK)
+    axis.set_ylim(bottom=0)
+    axis.grid(axis="y", color=_GRID)
+    axis.legend(frameon=False, fontsize=9, labelcolor=_INK)
+    return _svg(figure)

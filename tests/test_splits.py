@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from udfs.splits import PARTS, random_item, temporal
+from udfs.splits import PARTS, cold_users, leave_one_out, random_item, temporal
 
 DATA = Path(os.environ.get("COLD_REFRESH_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -113,3 +113,37 @@ def test_temporal_knows_only_what_was_before():
         ("a", "new", "cold_test"), ("a", "old", "train"), ("b", "old", "warm_test"), ("b", "old2", "train"),
         ("b", "timeless", "train"),
     ]  # fmt: skip
+
+
+def test_leave_one_out_takes_two_of_each_users_items():
+    frame = pairs()
+    split = leave_one_out(frame, 3)
+    distinct = frame.drop_duplicates()
+    assert len(split) == len(distinct)
+    sizes = distinct.groupby("user_id").size()
+    counts = split.groupby(["user_id", "part"]).size().unstack(fill_value=0)
+    assert (counts.loc[sizes.index[sizes < 3], ["val", "test"]] == 0).all(axis=None)
+    assert (counts.loc[sizes.index[sizes >= 3], ["val", "test"]] == 1).all(axis=None)
+    shuffled = leave_one_out(frame.sample(frac=1, random_state=0), 3)
+    pd.testing.assert_frame_equal(split, shuffled)
+    assert not split.equals(leave_one_out(frame, 4))
+    # Any of a user's items may be taken: over many seeds each about equally often.
+    one = pd.DataFrame({"user_id": "u", "item_id": list("abcd")})
+    taken = [leave_one_out(one, seed).set_index("part").loc["test", "item_id"] for seed in range(200)]
+    assert min(taken.count(item) for item in "abcd") > 30
+
+
+def test_cold_users_keep_one_interaction_or_half():
+    split = leave_one_out(pairs(), 3)
+    cold = cold_users(split, 3, share=0.2)
+    tested = split.loc[split["part"] == "test", "user_id"].nunique()
+    groups = cold.groupby("group")["user_id"].nunique()
+    assert groups["single"] == groups["half"] == int(0.2 * tested)
+    before, after = (x[x["part"] == "train"].groupby("user_id").size() for x in (split, cold))
+    group = cold.drop_duplicates("user_id").set_index("user_id")["group"]
+    for name, expected in (("single", before * 0 + 1), ("half", np.ceil(before / 2)), ("rest", before)):
+        users = group.index[group == name]
+        assert (after[users] == expected[users]).all(), name
+    held = lambda x: x[x["part"] != "train"][["user_id", "item_id", "part"]].reset_index(drop=True)  # noqa: E731
+    pd.testing.assert_frame_equal(held(split), held(cold))
+    pd.testing.assert_frame_equal(cold, cold_users(split, 3, share=0.2))

@@ -1,6 +1,7 @@
-"""How interactions are divided into training and test pairs: the papers' `random-item` split, and the temporal one.
+"""How interactions are divided into training and test pairs: the papers' `random-item` split, the temporal one, and the
+leave-one-out split of LLMInit with its cold users.
 
-Parts are named as in schemas/split.yaml: train, warm_val, warm_test, cold_val, cold_test.
+Parts of the first two are named as in schemas/split.yaml: train, warm_val, warm_test, cold_val, cold_test.
 """
 
 from __future__ import annotations
@@ -51,6 +52,48 @@ def random_item(
     in_first_half = pairs["item_id"].isin(cold_items[: len(cold_items) // 2]).to_numpy()
     part[cold] = np.where(in_first_half[cold], "cold_val", "cold_test")
     return pairs.assign(part=part)[part != ""].reset_index(drop=True)
+
+
+def leave_one_out(pairs: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """The split of LLMInit (arXiv 2503.01814): of each user's items in random order one becomes `val`, one `test`.
+
+    Users with fewer than three items stay in `train` as they are.
+
+    Args:
+        pairs: columns user_id, item_id; duplicates count once. The order of rows does not matter.
+
+    Returns:
+        user_id, item_id, part; sorted by user and item.
+    """
+    pairs = pairs[["user_id", "item_id"]].drop_duplicates().sort_values(["user_id", "item_id"], ignore_index=True)
+    drawn = pd.Series(np.random.Generator(np.random.Philox(seed)).random(len(pairs)))
+    place = drawn.groupby(pairs["user_id"]).rank(method="first").to_numpy()
+    enough = pairs.groupby("user_id")["item_id"].transform("size").to_numpy() >= 3
+    part = np.select([enough & (place == 1), enough & (place == 2)], ["val", "test"], "train")
+    return pairs.assign(part=part)
+
+
+def cold_users(split: pd.DataFrame, seed: int, share: float = 0.1) -> pd.DataFrame:
+    """Make some users of a `leave_one_out` split cold: two groups of `share` of its users each, drawn apart.
+
+    Users of the group `single` keep one training pair, users of `half` keep half of theirs, rounded up; which ones is random.
+
+    Returns:
+        `split` without the training pairs that are taken away, with a column `group`: single, half or rest.
+    """
+    generator = np.random.Generator(np.random.Philox(seed))
+    tested = np.sort(split.loc[split["part"] == "test", "user_id"].unique())
+    users, count = generator.permutation(tested), int(share * len(tested))
+    group = np.full(len(split), "rest", dtype=object)
+    for name, members in (("single", users[:count]), ("half", users[count : 2 * count])):
+        group[split["user_id"].isin(members)] = name
+    split = split.assign(group=group)
+    training = split[split["part"] == "train"]
+    drawn = pd.Series(generator.random(len(training)), index=training.index)
+    place = drawn.groupby(training["user_id"]).rank(method="first")
+    size = training.groupby("user_id")["item_id"].transform("size")
+    keep = np.select([training["group"] == "single", training["group"] == "half"], [1, np.ceil(size / 2)], np.inf)
+    return split.drop(index=training.index[place > keep]).reset_index(drop=True)
 
 
 def temporal(events: pd.DataFrame, at: datetime, horizon_days: int) -> pd.DataFrame:

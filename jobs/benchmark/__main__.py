@@ -24,6 +24,7 @@ from schemas.errors import ColdRefreshError
 SUBJECTS = {
     "speed": "scoring, training step, encoding and text-to-judgment: time, peak memory, ratios",
     "judgment": "text to distribution against text to judgment alone, with all its options",
+    "llminit": "CF models from a random start and from text embeddings, for all users and cold ones",
     "quality": "Recall and NDCG of every method on the papers' data sets, mean and spread over seeds",
 }
 

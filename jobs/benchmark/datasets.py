@@ -43,6 +43,7 @@ DATA_SETS = {
         DataSet("citeulike-a", "conf/citeulike.yaml"),
         DataSet("amazon-beauty", "conf/amazon.yaml"),
         DataSet("amazon-games", "conf/amazon.yaml"),
+        DataSet("amazon-toys", "conf/amazon.yaml"),  # short derived phrases for texts
         DataSet("complete-journey", "conf/demo.yaml", date(2017, 11, 1)),
     )
 }

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from jobs import settings as conf
 from jobs import truth
 from jobs.benchmark.baselines import BASELINES
 from jobs.benchmark.datasets import DATA_SETS, DataSet, lake_of
+from jobs.benchmark.kept import Kept
 from jobs.benchmark.quality_rows import ROWS, Row, overrides
 from jobs.benchmark.table import mean_and_spread, table
 from jobs.evaluate import Systems
@@ -117,24 +117,6 @@ def measure(data: DataSet, lake: str, seed: int, given: list[str]) -> Measured:
     return Measured(run, catalog, parts, Systems(run, catalog, users, items, run.staging("filterllm_train").facts()))
 
 
-class _Results:
-    """One JSON file a (row, seed) of the same settings, defaults included: what is there is not computed again."""
-
-    def __init__(self, folder: Path, row: str, seed: int, given: list[str], data: DataSet) -> None:
-        digest = conf.load(data.conf, [*given, f"seed={seed}"]).digest()
-        plain = "".join(c if c.isalnum() else "-" for c in row)
-        self._path = folder / f"{plain}-{data.run_date}-{seed}-{digest}.json"
-
-    def get(self) -> dict[str, Any] | None:
-        return json.loads(self._path.read_text()) if self._path.exists() else None
-
-    def put(self, found: dict[str, Any]) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        part = self._path.with_suffix(".part")
-        part.write_text(json.dumps(found, indent=1))
-        part.rename(self._path)
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     encoders = dict(pair.split("=", 1) for pair in args.encoder)
     known = [row.name for row in ROWS] + [*_FLOORS, *BASELINES]
@@ -173,7 +155,8 @@ def _row(
     given = [*args.overrides, *(overrides(row, encoders) or [])]
     found = []
     for seed in args.seeds:
-        kept = _Results(work / "results" / data.name, row.name, seed, given, data)
+        digest = conf.load(data.conf, [*given, f"seed={seed}"]).digest()  # defaults included
+        kept = Kept(work / "results" / data.name, f"{row.name}-{data.run_date}-{seed}-{digest}")
         one = kept.get()
         if one is None:
             begun = time.perf_counter()
