@@ -8,16 +8,15 @@ vocabulary starts from, so that a vocabulary of millions of users fits; in the p
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import nn
 
 from schemas.errors import ColdRefreshError
+from udfs import module_files
 
 
 class FilterLLMError(ColdRefreshError):
@@ -118,35 +117,9 @@ def widened(vectors: np.ndarray, width: int, seed: int) -> np.ndarray:
 
 def dump(model: FilterLLM) -> dict[str, bytes]:
     """The model as files: model.safetensors and config.json."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    body = json.dumps(asdict(model.config), indent=1, sort_keys=True)
-    return {"model.safetensors": safetensors.torch.save(tensors), "config.json": body.encode()}
+    return module_files.dump(model, asdict(model.config))
 
 
 def load(files: dict[str, bytes]) -> FilterLLM:
-    """The model of `dump`'s files, in evaluation mode.
-
-    Raises:
-        FilterLLMError: a file is unreadable, a tensor is absent, unexpected, of another shape or type, or not finite.
-    """
-    try:
-        fields: dict[str, Any] = json.loads(files["config.json"])
-        model = FilterLLM(Config(**fields))
-        tensors = safetensors.torch.load(files["model.safetensors"])
-    except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
-        raise FilterLLMError(f"a saved FilterLLM cannot be read: {error}; remove its folder and train again") from error
-    expected = model.state_dict()
-    wrong = [
-        f"{name}: {_facts(tensors.get(name))}, expected {_facts(expected.get(name))}"
-        for name in sorted(expected.keys() | tensors.keys())
-        if _facts(tensors.get(name)) != _facts(expected.get(name))
-    ]
-    wrong += [f"{name}: holds a value that is not finite" for name, t in tensors.items() if not torch.isfinite(t).all()]
-    if wrong:
-        raise FilterLLMError("; ".join(["a saved FilterLLM is not what its config.json says", *wrong, "train again"]))
-    model.load_state_dict(tensors)
-    return model.eval()
-
-
-def _facts(tensor: torch.Tensor | None) -> str:
-    return "absent" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
+    """The model of `dump`'s files, in evaluation mode; raises FilterLLMError if they are not what they should be."""
+    return module_files.load(files, lambda fields: FilterLLM(Config(**fields)), "FilterLLM", FilterLLMError)

@@ -22,12 +22,11 @@ from transformers import AutoTokenizer, DynamicCache
 
 from schemas.errors import ColdRefreshError
 from udfs.encoder_recipe import is_causal
-from udfs.text_encoder import TextEncoder, batches, readable
+from udfs.prompt_tokens import PromptTokens, padded
+from udfs.text_encoder import TextEncoder, batches
 
 Ints = NDArray[np.int64]
 _MARK = "\x00"
-# Of a title no more is read.
-_TITLE_CHARACTERS = 300
 
 
 class JudgmentError(ColdRefreshError):
@@ -80,10 +79,9 @@ class Judge:
         )
         self.cache_tokens = cache_tokens
         self._tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-        # A title that spells a special token must not end the message it stands in.
-        self._special = [token for token in self._tokenizer.all_special_tokens if token.strip()]
+        self._tokens = PromptTokens(self._tokenizer)
         self._head, self._tail, space = self._frame()
-        yes, no = (ids[0] for ids in self._ids([space + self.question.yes, space + self.question.no]))
+        yes, no = (ids[0] for ids in self._tokens.ids([space + self.question.yes, space + self.question.no]))
         if yes == no:
             raise JudgmentError(
                 f"{self.question.yes!r} and {self.question.no!r} begin with the same token of this model: "
@@ -128,9 +126,9 @@ class Judge:
             JudgmentError: a prompt has more tokens than the model reads.
         """
         names, users = np.unique(users, return_inverse=True)
-        prefixes = self._ids([self._prefix(histories[user]) for user in names])
+        prefixes = self._tokens.ids([self._prefix(histories[user]) for user in names])
         numbers, items = np.unique(items, return_inverse=True)
-        suffixes = self._ids([self._suffix(titles[item]) for item in numbers])
+        suffixes = self._tokens.ids([self._suffix(titles[item]) for item in numbers])
         lengths = [len(prefixes[u]) + len(suffixes[i]) for u, i in zip(users, items, strict=True)]
         limit = getattr(self.encoder.model.config, "max_position_embeddings", None)
         if limit and max(lengths, default=0) > limit:
@@ -155,19 +153,19 @@ class Judge:
 
     def prefix(self, history: Sequence[str]) -> list[int]:
         """The tokens of a user's part of the prompt; those of an item's part (`suffix`) follow it."""
-        return self._ids([self._prefix(history)])[0]
+        return self._tokens.ids([self._prefix(history)])[0]
 
     def suffix(self, title: str) -> list[int]:
         """The tokens of an item's part of the prompt, up to where the model would answer."""
-        return self._ids([self._suffix(title)])[0]
+        return self._tokens.ids([self._suffix(title)])[0]
 
     def _prefix(self, history: Sequence[str]) -> str:
         before, after = self.question.user.split("{history}")
-        return self._head + before + "\n".join(f"- {self._clean(title)}" for title in history) + after
+        return self._head + before + "\n".join(f"- {self._tokens.clean(title)}" for title in history) + after
 
     def _suffix(self, title: str) -> str:
         before, after = self.question.item.split("{title}")
-        return before + self._clean(title) + after + self._tail
+        return before + self._tokens.clean(title) + after + self._tail
 
     def _shared(
         self, prefixes: list[list[int]], rows: list[tuple[int, int]], suffixes: list[list[int]], found: np.ndarray
@@ -175,7 +173,7 @@ class Judge:
         """Fill `found` [n, width] at the rows (row, number of its prefix); `suffixes` are of all n rows."""
         device, model = self.encoder.device, self.encoder.model
         # Padding on the right: no row of attention is empty, and the positions of the suffixes are given.
-        ids, mask = _padded(prefixes, device)
+        ids, mask = padded(prefixes, device)
         position = torch.arange(ids.shape[1], device=device)[None].expand_as(ids)
         layers = model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True).past_key_values.layers
         length = mask.sum(1)
@@ -185,7 +183,7 @@ class Judge:
             cache = DynamicCache()
             for number, layer in enumerate(layers):
                 cache.update(layer.keys[of], layer.values[of], number)
-            own_ids, own = _padded([suffixes[rows[at][0]] for at in batch], device)
+            own_ids, own = padded([suffixes[rows[at][0]] for at in batch], device)
             hidden = model(
                 input_ids=own_ids,
                 attention_mask=torch.cat([mask[of], own], 1),
@@ -204,27 +202,6 @@ class Judge:
         text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         head, _, tail = text.partition(_MARK)
         return head, tail, ""
-
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        """Tokens of each part of a prompt; what goes before a chat is in its template, so nothing is added."""
-        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        return [list(ids) for ids in self._tokenizer(texts, **options)["input_ids"]] if texts else []
-
-    def _clean(self, title: str) -> str:
-        """The beginning of a title, on one line, without special tokens."""
-        text = " ".join(readable(title, _TITLE_CHARACTERS).split())[:_TITLE_CHARACTERS]
-        while any(token in text for token in self._special):  # until what is left spells none either
-            for token in self._special:
-                text = text.replace(token, " ")
-        return text
-
-
-def _padded(rows: list[list[int]], device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token numbers and mask, [n, longest] int64 each, padded on the right; what pads is masked, so any token does."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.long)
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], dtype=torch.long)
-    return ids.to(device), mask.to(device)
 
 
 def _head_rows(directory: Path, encoder: TextEncoder, tokens: list[int]) -> torch.Tensor:

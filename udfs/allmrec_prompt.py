@@ -1,0 +1,151 @@
+"""What A-LLMRec's second stage asks a language model (arXiv 2404.11343, section 4.2): which of these titles comes next.
+
+The user's projected vector stands first, every title of the history and of the candidates is followed by its item's. These
+soft tokens are places in the sequence: the tokenizer gets no new tokens, and no title can spell one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from udfs.allmrec_examples import AllmrecError
+from udfs.prompt_tokens import PromptTokens
+from udfs.sequences import Ints
+
+# What stands at a soft token's place among the token numbers: any token, it is never looked up.
+_PLACE = 0
+_UNTITLED = "untitled"
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How a domain speaks of its items."""
+
+    noun: str = "item"
+    verb: str = "buy"
+    past: str = "bought"
+
+
+#: The paper's three.
+DOMAINS = {
+    "items": Wording(),
+    "movies": Wording("movie", "watch", "watched"),
+    "games": Wording("game", "play", "played"),
+}
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """What a prompt says. Without `user` or `items` those soft tokens are left out (the paper's ablations)."""
+
+    wording: Wording = Wording()
+    history: int = 10  # titles of a history, the last ones
+    title_tokens: int = 24  # of a title no more are read or asked for; the paper's code takes all
+    user: bool = True
+    items: bool = True
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as token numbers, with its soft tokens' places among them.
+
+    user: the user's place, -1 if there is none. places: those of items; items: their numbers.
+    """
+
+    tokens: list[int]
+    user: int
+    places: list[int]
+    items: list[int]
+
+
+class Prompts:
+    """Prompts about the items of one catalogue, and the answers to them."""
+
+    def __init__(self, tokenizer: Any, titles: Sequence[str], options: PromptOptions) -> None:
+        """`titles`: of items 0 .. I - 1; an empty one becomes "untitled". `tokenizer`: of transformers.
+
+        Raises:
+            AllmrecError: no token of a title may be read.
+        """
+        if options.title_tokens < 1:
+            raise AllmrecError(f"title_tokens is {options.title_tokens}: of a title one token must be read at least")
+        self.options = options
+        tokens = PromptTokens(tokenizer)
+        # Titles stand between double quotes, the second of which ends an answer.
+        clean = [" ".join(tokens.clean(title).replace('"', "'").split()) or _UNTITLED for title in titles]
+        #: The tokens of each title, as far as it is read.
+        self.titles = [ids[: options.title_tokens] for ids in tokens.ids(clean)]
+        own, word = options.wording, tokens.ids
+        user, past, none, ask, comma, quote = word(
+            [
+                " is a user representation." if options.user else "",
+                f" This user has {own.past}",
+                f" This user has {own.past} nothing so far.",
+                f" Recommend one {own.noun} for this user to {own.verb} next from the following set of {own.noun} titles:",
+                ",",
+                ' "',
+            ]
+        )
+        end, so_far, recommendation = word(['"', " so far.", '. The recommendation is "'])
+        self._user, self._past, self._none, self._so_far = user, past, none, so_far
+        self._ask, self._comma, self._quote, self._recommendation = ask, comma, quote, recommendation
+        #: What an answer ends with.
+        self.end = end
+        # A model's first position is often where attention goes that goes nowhere: it should not be the user's.
+        self._first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+    def __len__(self) -> int:
+        return len(self.titles)
+
+    def prompt(self, history: Ints, candidates: Ints) -> Prompt:
+        """The prompt of a user with this history [any], oldest first, who is to choose among `candidates` [C].
+
+        The candidates stand in an order that only the history and the set of them decide: where the caller has the true one
+        says nothing, and the same question is asked the same way in every batch.
+        """
+        tokens, places, items = list(self._first), [], []
+
+        def name(number: int) -> None:
+            tokens.extend([*self._quote, *self.titles[number], *self.end])
+            if self.options.items:
+                places.append(len(tokens))
+                items.append(number)
+                tokens.append(_PLACE)
+
+        def names(numbers: Ints) -> None:
+            for nth, number in enumerate(numbers.tolist()):
+                tokens.extend(self._comma if nth else [])
+                name(number)
+
+        user = -1
+        if self.options.user:
+            user = len(tokens)
+            tokens.append(_PLACE)
+        tokens.extend(self._user)
+        last = history[max(0, len(history) - self.options.history) :]
+        if len(last):
+            tokens.extend(self._past)
+            names(last)
+            tokens.extend(self._so_far)
+        else:
+            tokens.extend(self._none)
+        tokens.extend(self._ask)
+        names(_shuffled(last, candidates))
+        tokens.extend(self._recommendation)
+        return Prompt(tokens, user, places, items)
+
+    def answer(self, item: int) -> list[int]:
+        """The tokens of an item's title, as far as it is read, and of the end of an answer."""
+        return [*self.titles[item], *self.end]
+
+
+def _shuffled(history: Ints, candidates: Ints) -> Ints:
+    ordered = np.sort(candidates.astype(np.int64))
+    said = np.concatenate([[len(history)], history, ordered]).astype("<i8").tobytes()
+    key = int.from_bytes(hashlib.sha256(said).digest()[:8], "little")
+    return np.random.Generator(np.random.Philox(key)).permutation(ordered)

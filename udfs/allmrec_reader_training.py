@@ -1,0 +1,121 @@
+"""Training A-LLMRec's second stage (arXiv 2404.11343, section 4.2): the projections alone, by the likelihood of the true title."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from udfs import epochs
+from udfs.allmrec_examples import AllmrecError, Examples, identity
+from udfs.allmrec_projections import Config, build
+from udfs.allmrec_reader import Catalogue, Reader
+from udfs.filterllm_checkpoint import Checkpoints
+from udfs.sampled_ranking import ndcg, ranks
+from udfs.sequences import Ints
+
+
+@dataclass(frozen=True)
+class Options(epochs.Options):
+    """How to train; the defaults are the paper's. Its few-shot training has 256 or 128 users: give so many examples."""
+
+    epochs: int = 5
+    patience: int = 5
+    batch_size: int = 4
+    negatives: int = 19  # of a prompt's candidates
+    optimizer: Literal["adam", "adamw"] = "adam"
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.0
+    # What decides which epoch is kept, if there are validation examples: the loss, or NDCG@10 among the candidates.
+    stop_by: Literal["loss", "ndcg"] = "loss"
+
+
+def train(
+    reader: Reader,
+    catalogue: Catalogue,
+    examples: Examples,
+    pool: Ints,
+    options: Options,
+    log: Callable[[str], None],
+    *,
+    validation: Examples | None = None,
+    checkpoints: Checkpoints | None = None,
+) -> dict[str, Any]:
+    """Train `reader.projections` in place; without any, new ones are made, from options.seed.
+
+    Candidates are drawn anew every epoch.
+
+    Args:
+        catalogue: of this reader, with the items' joint vectors.
+        pool: items that candidates are drawn from.
+        checkpoints: as in `udfs.epochs.run`; the language model is no part of them.
+
+    Returns:
+        Facts, as of `udfs.epochs.run`; the validation is higher for a better model, the loss negated.
+
+    Raises:
+        AllmrecError: no example, too few items in the pool, or prompts that are too long.
+        CfError, CheckpointError: as `udfs.epochs.run`.
+    """
+    if not len(examples):
+        raise AllmrecError("the reader has no examples to learn from: no user has an item that came after another")
+    if reader.projections is None:
+        config = Config(examples.users.shape[1], catalogue.joint.shape[1], reader.width)
+        reader.projections = build(config, options.seed).to(reader.device)
+        known = np.unique(np.concatenate([pool, examples.positives]))
+        reader.projections.fit(examples.users, catalogue.joint.cpu().numpy()[known], reader.embeddings)
+    projections = reader.projections
+    kind = torch.optim.AdamW if options.optimizer == "adamw" else torch.optim.Adam
+    # The second beta is the released code's.
+    optimizer = kind(
+        projections.parameters(), lr=options.learning_rate, betas=(0.9, 0.98), weight_decay=options.weight_decay
+    )
+
+    def loss(data: Examples, candidates: Ints, rows: Ints) -> torch.Tensor:
+        return reader.loss(catalogue, data.users[rows], data.histories.take(rows), candidates[rows])
+
+    def epoch(seed: int) -> float:
+        candidates = examples.draw(pool, options.negatives, seed)
+        order = np.random.Generator(np.random.Philox(seed)).permutation(len(examples))
+        whole = torch.zeros((), dtype=torch.float64, device=reader.device)
+        for start in range(0, len(order), options.batch_size):
+            rows = order[start : start + options.batch_size]
+            found = loss(examples, candidates, rows)
+            optimizer.zero_grad(set_to_none=True)
+            # Without soft tokens in the prompt there is nothing to learn: then it is the language model alone.
+            if found.requires_grad:
+                found.backward()
+                optimizer.step()
+            whole += found.detach() * len(rows)
+        return float(whole / len(examples))
+
+    measure = None
+    if validation is not None and len(validation):
+        asked = validation.draw(pool, options.negatives, options.seed)
+
+        @torch.no_grad()
+        def quality(data: Examples = validation) -> float:
+            if options.stop_by == "ndcg":
+                scores = reader.score(catalogue, data.users, data.histories, asked)
+                return float(ndcg(ranks(scores), 10).mean())
+            starts = np.arange(len(data))
+            groups = [starts[at : at + options.batch_size] for at in range(0, len(data), options.batch_size)]
+            return -sum(float(loss(data, asked, rows)) * len(rows) for rows in groups) / len(data)
+
+        measure = quality
+    shapes = {name: list(parameter.shape) for name, parameter in reader.model.named_parameters()}
+    prompts = catalogue.prompts
+    key = identity(
+        ["reader", asdict(options), asdict(projections.config), asdict(prompts.options), prompts.titles, shapes],
+        # Enough of the language model to tell it from others.
+        reader.embeddings[::101].float().cpu().numpy(),
+        catalogue.joint.cpu().numpy(),
+        pool,
+        *examples.arrays(),
+        *(validation.arrays() if validation else []),
+        *(tensor.cpu().numpy() for tensor in projections.state_dict().values()),
+    )
+    return epochs.run(projections, optimizer, epoch, options, log, measure, checkpoints, key)

@@ -1,0 +1,49 @@
+"""The parts of a prompt as tokens: each is made on its own, so a title has the same tokens wherever it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+
+from udfs.text_encoder import readable
+
+# Of a title no more is read.
+_TITLE_CHARACTERS = 300
+
+
+class PromptTokens:
+    """A tokenizer (of transformers) for the parts of prompts."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        # A text that spells a special token must not end the part it stands in.
+        self._special = [token for token in tokenizer.all_special_tokens if token.strip()]
+
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token numbers of each text, with nothing added."""
+        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        return [list(ids) for ids in self.tokenizer(list(texts), **options)["input_ids"]] if texts else []
+
+    def clean(self, title: str) -> str:
+        """The beginning of a title, on one line, without special tokens."""
+        text = " ".join(readable(title, _TITLE_CHARACTERS).split())[:_TITLE_CHARACTERS]
+        while any(token in text for token in self._special):  # until what is left spells none either
+            for token in self._special:
+                text = text.replace(token, " ")
+        return text
+
+
+def padded(
+    rows: Sequence[Sequence[int]], device: str | torch.device, side: Literal["left", "right"] = "right"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token numbers and mask, [n, longest] int64 each, padded on one side; what pads is masked, so any token does."""
+    longest = max(map(len, rows))
+    ids = torch.zeros((len(rows), longest), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        where = slice(longest - len(row), None) if side == "left" else slice(None, len(row))
+        ids[number, where] = torch.tensor(row, dtype=torch.long)
+        mask[number, where] = 1
+    return ids.to(device), mask.to(device)
