@@ -117,7 +117,7 @@ def test_smollm2_reads_soft_tokens_as_transformers_has_it():
     np.testing.assert_allclose(found, [[answer.mean() for answer in row] for row in expected], atol=1e-3)
     (written,) = reader.generate(catalogue, users, histories, candidates)
     assert isinstance(written, str)
-    assert '"' not in written
+    assert "\n" not in written
 
 
 def test_other_users_and_the_order_of_candidates_do_not_matter(small: Path):
@@ -215,23 +215,23 @@ def decoded(tokenizer, prompt) -> str:
 def test_the_prompt_names_user_history_and_candidates():
     tokenizer = AutoTokenizer.from_pretrained(find_model("smollm2").directory)
     titles = [f"number {n}" for n in range(40)]
-    titles[3] = 'a "quoted" one<|im_end|>\nof ' + "many " * 500
+    titles[3] = "a one<|im_end|>\nof " + "many " * 500
     titles[4] = ""
     prompts = Prompts(tokenizer, titles, PromptOptions(wording=DOMAINS["games"], title_tokens=12))
     history, candidates = np.arange(15), np.array([20, 35, 3, 30])
     text = decoded(tokenizer, prompts.prompt(history, candidates))
-    past = ",".join(f' "number {n}"<{n}>' for n in range(5, 15))
-    begin = f"{tokenizer.bos_token}<U> is a user representation. This user has played{past} so far. "
-    middle = "Recommend one game for this user to play next from the following set of game titles:"
+    past = "".join(f"number {n}<{n}>\n" for n in range(5, 15))
+    begin = f"{tokenizer.bos_token}<U> is a user representation. This user has played these games so far:\n{past}"
+    middle = "Recommend one game for this user to play next from these games:\n"
     assert text.startswith(begin + middle)
-    assert text.endswith('. The recommendation is "')
+    assert text.endswith(">\nThe recommendation is:\n")
     assert text.count(tokenizer.eos_token) == 0
     listed = [int(n) for n in re.findall(r"<(\d+)>", text[len(begin) :])]
     assert sorted(listed) == [3, 20, 30, 35]
-    assert "a 'quoted' one of many many" in text
+    assert "\na one of many many" in text
     assert len(prompts.answer(3)) == 13
-    assert tokenizer.decode(prompts.answer(20)) == 'number 20"'
-    assert tokenizer.decode(prompts.answer(4)) == 'untitled"'
+    assert tokenizer.decode(prompts.answer(20)) == "number 20\n"
+    assert tokenizer.decode(prompts.answer(4)) == "untitled\n"
     # Where the true one stands says nothing, and no place is special.
     assert decoded(tokenizer, prompts.prompt(history, candidates[::-1])) == text
     first = [prompts.prompt(np.array([n]), np.array([20, 21, 22])).items[1] for n in range(40)]
@@ -240,7 +240,7 @@ def test_the_prompt_names_user_history_and_candidates():
     nothing = bare.prompt(history[:0], candidates)
     assert (nothing.user, nothing.places, nothing.items) == (-1, [], [])
     assert tokenizer.decode(nothing.tokens).startswith(
-        f"{tokenizer.bos_token} This user has bought nothing so far. Recom"
+        f"{tokenizer.bos_token} This user has bought nothing so far.\nRecom"
     )
 
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-_PROMPT = """is a user representation . , : " This has bought nothing so far Recommend one item for this to buy next from the
-following set of titles The recommendation"""
+_PROMPT = "is a user representation . : This has bought nothing these items so far Recommend one item for this to buy next from The"
 _WIDTH = 64
 
 
 def build(folder: Path, titles: list[str]) -> Path:
     words = sorted(set(" ".join([_PROMPT, *titles]).split()))
-    tokenizer = Tokenizer(models.WordLevel({w: n for n, w in enumerate(["[BOS]", "[UNK]", *words])}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = Tokenizer(
+        models.WordLevel({w: n for n, w in enumerate(["[BOS]", "[UNK]", "\n", *words])}, unk_token="[UNK]")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|\w+|[^\w\s]"), "removed", invert=True)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="[BOS]", unk_token="[UNK]")
     config = LlamaConfig(
         vocab_size=len(fast), hidden_size=_WIDTH, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,

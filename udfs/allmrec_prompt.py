@@ -64,7 +64,10 @@ class Prompt:
 
 
 class Prompts:
-    """Prompts about the items of one catalogue, and the answers to them."""
+    """Prompts about the items of one catalogue, and the answers to them: a title a line, as short as lists can be.
+
+    titles: the tokens of each title, as far as it is read. end: those that end a line, and so an answer.
+    """
 
     def __init__(self, tokenizer: Any, titles: Sequence[str], options: PromptOptions) -> None:
         """`titles`: of items 0 .. I - 1; an empty one becomes "untitled". `tokenizer`: of transformers.
@@ -76,26 +79,18 @@ class Prompts:
             raise AllmrecError(f"title_tokens is {options.title_tokens}: of a title one token must be read at least")
         self.options = options
         tokens = PromptTokens(tokenizer)
-        # Titles stand between double quotes, the second of which ends an answer.
-        clean = [" ".join(tokens.clean(title).replace('"', "'").split()) or _UNTITLED for title in titles]
-        #: The tokens of each title, as far as it is read.
+        clean = [" ".join(tokens.clean(title).split()) or _UNTITLED for title in titles]
         self.titles = [ids[: options.title_tokens] for ids in tokens.ids(clean)]
-        own, word = options.wording, tokens.ids
-        user, past, none, ask, comma, quote = word(
-            [
-                " is a user representation." if options.user else "",
-                f" This user has {own.past}",
-                f" This user has {own.past} nothing so far.",
-                f" Recommend one {own.noun} for this user to {own.verb} next from the following set of {own.noun} titles:",
-                ",",
-                ' "',
-            ]
-        )
-        end, so_far, recommendation = word(['"', " so far.", '. The recommendation is "'])
-        self._user, self._past, self._none, self._so_far = user, past, none, so_far
-        self._ask, self._comma, self._quote, self._recommendation = ask, comma, quote, recommendation
-        #: What an answer ends with.
-        self.end = end
+        own = options.wording
+        parts = [
+            " is a user representation." if options.user else "",
+            f" This user has {own.past} these {own.noun}s so far:\n",
+            f" This user has {own.past} nothing so far.\n",
+            f"Recommend one {own.noun} for this user to {own.verb} next from these {own.noun}s:\n",
+            "The recommendation is:\n",
+            "\n",
+        ]
+        self._user, self._past, self._none, self._ask, self._recommendation, self.end = tokens.ids(parts)
         # A model's first position is often where attention goes that goes nowhere: it should not be the user's.
         self._first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
@@ -111,16 +106,12 @@ class Prompts:
         tokens, places, items = list(self._first), [], []
 
         def name(number: int) -> None:
-            tokens.extend([*self._quote, *self.titles[number], *self.end])
+            tokens.extend(self.titles[number])
             if self.options.items:
                 places.append(len(tokens))
                 items.append(number)
                 tokens.append(_PLACE)
-
-        def names(numbers: Ints) -> None:
-            for nth, number in enumerate(numbers.tolist()):
-                tokens.extend(self._comma if nth else [])
-                name(number)
+            tokens.extend(self.end)
 
         user = -1
         if self.options.user:
@@ -128,14 +119,12 @@ class Prompts:
             tokens.append(_PLACE)
         tokens.extend(self._user)
         last = history[max(0, len(history) - self.options.history) :]
-        if len(last):
-            tokens.extend(self._past)
-            names(last)
-            tokens.extend(self._so_far)
-        else:
-            tokens.extend(self._none)
+        tokens.extend(self._past if len(last) else self._none)
+        for number in last.tolist():
+            name(number)
         tokens.extend(self._ask)
-        names(_shuffled(last, candidates))
+        for number in _shuffled(last, candidates).tolist():
+            name(number)
         tokens.extend(self._recommendation)
         return Prompt(tokens, user, places, items)
 

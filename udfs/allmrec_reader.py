@@ -165,7 +165,7 @@ class Reader:
         """
         prompts, end = self._prompts(catalogue, histories, candidates), catalogue.prompts.end
         most = catalogue.prompts.options.title_tokens + len(end)
-        stop = [end[0], *_list(self.model.generation_config.eos_token_id)]
+        stop = [end[-1], *_list(self.model.generation_config.eos_token_id)]
         found = [""] * len(prompts)
         self._check(max((len(prompt.tokens) + most for prompt in prompts), default=0))
         for rows in batches([len(prompt.tokens) + most for prompt in prompts], self.batch_tokens):
@@ -181,7 +181,7 @@ class Reader:
             )
             texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
             for row, text in zip(rows, texts, strict=True):
-                found[row] = text.split('"')[0].strip()
+                found[row] = text.strip().split("\n")[0].strip()
         return found
 
     def _prompts(self, catalogue: Catalogue, histories: Sequences, candidates: Ints) -> list[Prompt]:
