@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jobs.benchmark import quality
+from jobs.benchmark import llminit, llminit_rows, quality
 from jobs.benchmark.datasets import DataSet
 from jobs.benchmark.quality_rows import ROWS, overrides
 from jobs.lake import Lake
@@ -54,6 +54,81 @@ def test_the_figures_are_those_of_the_night(
     args.rows = ["no such row"]
     with pytest.raises(quality.ColdRefreshError, match="no such row"):
         quality.run(args)
+
+
+def test_llminit_rows_are_measured_on_a_lake(
+    undisturbed: tuple[SmallLake, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spark: Any
+) -> None:
+    lake = undisturbed[0]
+    monkeypatch.setattr(llminit, "DATA_SETS", {"small": DataSet("small", str(lake.conf), lake.run_date)})
+    monkeypatch.setattr(llminit, "lake_of", lambda data, work: str(lake.lake))
+    options = {
+        "rows": ["BPR, random", "BPR, LLMInit var"],
+        "protocols": ["all", "cold_users"],
+        "patience": 2,
+        "look": 1,
+    }
+    quick = ["cf.dimension=16", "cf.epochs=12", "cf.batch_size=128", "cf.learning_rate=0.01"]
+    given = {
+        "dataset": ["small"],
+        "seeds": [3],
+        "curve": None,
+        "encoder": [],
+        "overrides": quick,
+        "work": str(tmp_path),
+    }
+    args = argparse.Namespace(**given, **options, out=str(tmp_path / "out"))
+    result = llminit.run(args)
+    found = {name: one[0] for name, one in result["results"]["small"].items()}
+    assert list(found) == ["BPR, random", "BPR, LLMInit variance", "BPR, random, d = 384"]
+    for one in found.values():
+        assert set(one["cold_users"]["test"]) == {
+            f"{group} {m}" for group in ("single", "half") for m in llminit._METRICS
+        }
+        assert 1 <= one["all"]["epoch"] <= one["all"]["epochs"] <= 12
+        assert one["all"]["epochs"] in (one["all"]["epoch"] + 2, 12)
+    # A text names its topic, so a user with one interaction begins among the right items.
+    starts = [found[name]["cold_users"]["test"]["single ndcg@20"] for name in ("BPR, random", "BPR, LLMInit variance")]
+    assert starts[1] > starts[0] + 0.1
+
+    monkeypatch.setattr(llminit, "measure", lambda *given: pytest.fail("measured again"))
+    assert llminit.run(args) == result
+    args.rows = ["no such row"]
+    with pytest.raises(quality.ColdRefreshError, match="no such row"):
+        llminit.run(args)
+
+
+def test_the_curve_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llminit, "lake_of", lambda data, work: "")
+    monkeypatch.setattr(llminit, "Source", lambda data, lake: None)
+    cells = {f"{start}, d = {d}": d / 1000 for start in ("random", "LLMInit variance", "LLMInit PCA") for d in (32, 64)}
+
+    def cell(row: Any, *given: Any) -> dict[str, Any]:
+        test = {f"all {metric}": cells[row.name] for metric in llminit._METRICS}
+        return {"all": {"test": test, "epoch": 3, "epochs": 5, "seconds": 1.0}}
+
+    monkeypatch.setattr(llminit, "_cell", cell)
+    given = {
+        "dataset": ["amazon-toys"],
+        "seeds": [1, 2],
+        "rows": None,
+        "protocols": ["all"],
+        "curve": [32, 64],
+        "encoder": [],
+    }
+    args = argparse.Namespace(**given, overrides=[], work=str(tmp_path), out=str(tmp_path))
+    result = llminit.run(args)
+    assert [row[0] for row in result["tables"][0]["rows"]] == list(cells)
+    text = (tmp_path / "llminit_curve_amazon-toys.svg").read_text()
+    assert all(word in text for word in ("random", "LLMInit PCA", "dimensions", "64"))
+
+
+@pytest.mark.parametrize("row", llminit_rows.ROWS, ids=lambda row: row.name)
+def test_every_llminit_row_is_a_setting_of_the_confs(row: llminit_rows.Row) -> None:
+    given = [override.format_map(dict.fromkeys(row.encoders, "/some/folder")) for override in row.overrides]
+    chosen = load("conf/amazon.yaml", [*llminit_rows.BASE, *given])
+    assert chosen.cf.model in ("bpr", "lightgcn", "sgl", "sgcl")
+    assert chosen.cf.init == ("llminit" if "LLMInit" in row.name else "random")
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
