@@ -141,6 +141,13 @@ def test_lightgcn_propagates_as_the_dense_formula(layers: int) -> None:
     direction = rng.standard_normal((12, 3))
     found.backward(torch.from_numpy(direction))
     np.testing.assert_allclose(given.grad.numpy(), operator.T @ direction, atol=1e-14)
+    # Some rows of it: the same rows, the same gradient.
+    rows = torch.tensor([0, 2, 6, 11])
+    given.grad = None
+    found = propagate.at(given, rows)
+    np.testing.assert_allclose(found.detach().numpy(), (operator @ ego)[rows], atol=1e-14)
+    found.backward(torch.from_numpy(direction)[rows])
+    np.testing.assert_allclose(given.grad.numpy(), operator.T[:, rows] @ direction[rows], atol=1e-14)
 
 
 def test_the_bpr_loss_and_its_gradient_are_the_papers() -> None:

@@ -5,8 +5,7 @@ Its objective is LightGCN's and part of SGL's too: there the embeddings pass thr
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch.nn import functional as F
@@ -18,8 +17,18 @@ from udfs.vectors import Matrix
 if TYPE_CHECKING:
     from udfs.cf_model import CfParams, Pairs
 
-# [users + items, d] -> the same shape: what is scored, made from what is learnt.
-Propagate = Callable[[torch.Tensor], torch.Tensor]
+
+class Propagate(Protocol):
+    """What is scored, made from what is learnt: `ego` [users + items, d]."""
+
+    def __call__(self, ego: torch.Tensor) -> torch.Tensor:
+        """All of it, in the shape of `ego`."""
+        ...
+
+    def at(self, ego: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Rows [m] of it, each once and in ascending order: [m, d]."""
+        ...
+
 
 # Draws of a negative item; a triple whose last draw is still a positive does not count.
 _DRAWS = 4
@@ -97,12 +106,12 @@ class Bpr:
     def loss(self, ego: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
         negative, counts = self._negatives(self._anchor[batch])
         anchor, positive = self._anchors_from + self._anchor[batch], self._first + self._positive[batch]
-        # Rows of all three at once: each gather's gradient is as large as `ego`.
-        rows = torch.cat([anchor, positive, self._first + negative])
-        scored = F.embedding(rows, self.embeddings(ego))
-        learnt = F.embedding(rows, ego) if self._propagate else scored
-        u, i, j = scored.chunk(3)
-        return bpr_loss((u, i, j), (learnt,), self._weights[batch] * counts, self._weight_decay)
+        # Each row once: the gradient of a gather from `ego` is as large as `ego`.
+        rows, place = torch.unique(torch.cat([anchor, positive, self._first + negative]), return_inverse=True)
+        learnt = ego[rows]
+        scored = self._propagate.at(ego, rows) if self._propagate else learnt
+        u, i, j = F.embedding(place, scored).chunk(3)
+        return bpr_loss((u, i, j), (F.embedding(place, learnt),), self._weights[batch] * counts, self._weight_decay)
 
     def embeddings(self, ego: torch.Tensor) -> torch.Tensor:
         return self._propagate(ego) if self._propagate else ego

@@ -32,41 +32,78 @@ def normalized_adjacency(users: np.ndarray, items: np.ndarray, n_users: int, n_i
     return (scale @ graph @ scale).tocsr()
 
 
-class _Product(torch.autograd.Function):
-    """A x with a symmetric A: its gradient is A g, so the transpose of a CSR matrix is never needed."""
+def _csr(matrix: sparse.csr_matrix, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch calls its CSR tensors beta, once a process
+        # On a CPU the product is MKL's, which has 32-bit indices: others would be converted each time.
+        return torch.sparse_csr_tensor(
+            torch.from_numpy(matrix.indptr.astype(np.int32)),
+            torch.from_numpy(matrix.indices.astype(np.int32)),
+            torch.from_numpy(matrix.data).to(dtype),
+            size=matrix.shape,
+        ).to(device)
+
+
+class _MeanOfLayers(torch.autograd.Function):
+    """Rows of the mean of E, A E, ..., A^L E with a symmetric A.
+
+    Only the last product knows which rows are wanted, and the first one of the gradient: they take these rows of A alone,
+    for a batch a fraction of its entries. The gradient goes back through the same products (A is symmetric, so its
+    transpose is never needed).
+    """
 
     @staticmethod
-    def forward(ctx: Any, graph: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
-        ctx.graph = graph
-        return graph @ dense
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        graph: torch.Tensor,
+        part: torch.Tensor,
+        back: torch.Tensor,
+        ego: torch.Tensor,
+        rows: torch.Tensor,
+        layers: int,
+    ) -> torch.Tensor:
+        """A [n, n], its rows [m, n] and their transpose [n, m]; ego [n, d], rows [m] -> [m, d]."""
+        layer, total = ego, ego[rows]
+        for _ in range(layers - 1):
+            layer = graph @ layer
+            total = total + layer[rows]
+        ctx.graph, ctx.back, ctx.layers = graph, back, layers
+        ctx.save_for_backward(rows)
+        return (total + part @ layer) / (layers + 1)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, torch.Tensor]:
-        return None, ctx.graph @ gradients[0].contiguous()
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (rows,) = ctx.saved_tensors
+        gradient = gradients[0].contiguous() / (ctx.layers + 1)
+        # Horner's scheme for (I + A + ... + A^L) S g, where S puts g into its rows.
+        back = ctx.back @ gradient
+        back[rows] += gradient
+        for _ in range(ctx.layers - 1):
+            back = ctx.graph @ back
+            back[rows] += gradient
+        return None, None, None, back, None, None
 
 
 class Propagation:
     """The mean of layers 0 .. L of E, A E, A^2 E, ... (equations 4 to 8 with alpha_k = 1 / (L + 1))."""
 
     def __init__(self, adjacency: sparse.csr_matrix, layers: int, device: torch.device, dtype: torch.dtype) -> None:
-        self._layers = layers
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # torch calls its CSR tensors beta, once a process
-            # On a CPU the product is MKL's, which has 32-bit indices: others would be converted each time.
-            self._graph = torch.sparse_csr_tensor(
-                torch.from_numpy(adjacency.indptr.astype(np.int32)),
-                torch.from_numpy(adjacency.indices.astype(np.int32)),
-                torch.from_numpy(adjacency.data).to(dtype),
-                size=adjacency.shape,
-            ).to(device)
+        self._adjacency, self._layers = adjacency.astype(np.float32 if dtype == torch.float32 else np.float64), layers
+        self._graph = _csr(self._adjacency, device, dtype)
 
     def __call__(self, ego: torch.Tensor) -> torch.Tensor:
         """`ego` [users + items, d] -> the same shape."""
-        layer, total = ego, ego
-        for _ in range(self._layers):
-            layer = _Product.apply(self._graph, layer)
-            total = total + layer
-        return total / (self._layers + 1)
+        return self.at(ego, torch.arange(len(ego), device=ego.device))
+
+    def at(self, ego: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Rows [m] of it, each once and in ascending order: [m, d]."""
+        if not self._layers:
+            return ego[rows]
+        part = back = self._graph
+        if len(rows) < len(ego):
+            of_rows = self._adjacency[rows.cpu().numpy()]
+            part, back = (_csr(matrix, ego.device, ego.dtype) for matrix in (of_rows, of_rows.T.tocsr()))
+        return _MeanOfLayers.apply(self._graph, part, back, ego, rows, self._layers)
 
 
 def propagation(data: Data, params: CfParams) -> Propagation:

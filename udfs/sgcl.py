@@ -43,10 +43,10 @@ class Sgcl:
 
     def loss(self, ego: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
         data, params = self._data, self._params
-        rows = (data.users[batch], data.n_users + data.items[batch])
-        everything = self._propagate(ego)
-        users, items = (F.embedding(r, everything) for r in rows)
-        penalty = sum(F.embedding(r, ego).square().sum() for r in rows) / (2 * len(batch))
+        pair = torch.cat([data.users[batch], data.n_users + data.items[batch]])
+        rows, place = torch.unique(pair, return_inverse=True)
+        users, items = F.embedding(place, self._propagate.at(ego, rows)).chunk(2)
+        penalty = F.embedding(place, ego[rows]).square().sum() / (2 * len(batch))
         loss = sgcl_loss(users, items, data.weights[batch], params.temperature)
         return loss + params.weight_decay * penalty
 

@@ -48,10 +48,11 @@ class Sgl:
         return Propagation(graph, params.layers, data.users.device, torch.float32)
 
     def loss(self, ego: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
-        one, other = (view(ego) for view in self._views)
         users = torch.unique(self._data.users[batch])
         items = self._data.n_users + torch.unique(self._data.items[batch])
-        contrast = sum(info_nce(one[rows], other[rows], self._params.temperature) for rows in (users, items))
+        rows = torch.cat([users, items])
+        views = [view.at(ego, rows).split([len(users), len(items)]) for view in self._views]
+        contrast = sum(info_nce(one, other, self._params.temperature) for one, other in zip(*views, strict=True))
         return self._bpr.loss(ego, batch) + self._params.contrast_weight * contrast
 
     def embeddings(self, ego: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,7 @@ SUBJECTS = {
     "speed": "scoring, training step, encoding and text-to-judgment: time, peak memory, ratios",
     "judgment": "text to distribution against text to judgment alone, with all its options",
     "llminit": "CF models from a random start and from text embeddings, for all users and cold ones",
+    "lightgcn": "seconds an epoch of LightGCN, against RecBole's",
     "quality": "Recall and NDCG of every method on the papers' data sets, mean and spread over seeds",
 }
 
