@@ -25,14 +25,16 @@ def candidates(truth: Ints, known: Sequences, n_items: int, negatives: int, seed
     if n_items < 1 + negatives + longest:
         raise ValueError(f"{negatives} items that are not known cannot be drawn from {n_items}, of which {longest} are")
     rng = np.random.Generator(np.random.Philox(seed))
-    taken = np.unique(known.rows * n_items + known.items)
+    # Sorted with one that no item has at the end: np.isin would sort, and hash, all of them in every round.
+    taken = np.append(np.sort(known.rows * n_items + known.items), -1)
     found = np.concatenate([truth[:, None], rng.integers(0, n_items, (len(truth), negatives))], 1)
     row = np.broadcast_to(np.arange(len(truth))[:, None], found.shape)
     unchecked = np.ones(found.shape, np.bool_)
     unchecked[:, 0] = False
     while True:
         again = np.zeros(found.shape, np.bool_)
-        again[unchecked] = np.isin(row[unchecked] * n_items + found[unchecked], taken)
+        asked = row[unchecked] * n_items + found[unchecked]
+        again[unchecked] = taken[np.searchsorted(taken[:-1], asked)] == asked
         # Of equal items in a row all but the first are drawn again.
         order = np.argsort(found, axis=1, kind="stable")
         ascending = np.take_along_axis(found, order, 1)
