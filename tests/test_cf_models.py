@@ -144,10 +144,17 @@ def test_lightgcn_propagates_as_the_dense_formula(layers: int) -> None:
     # Some rows of it: the same rows, the same gradient.
     rows = torch.tensor([0, 2, 6, 11])
     given.grad = None
-    found = propagate.at(given, rows)
+    found, own = propagate.at(given, rows)
     np.testing.assert_allclose(found.detach().numpy(), (operator @ ego)[rows], atol=1e-14)
-    found.backward(torch.from_numpy(direction)[rows])
-    np.testing.assert_allclose(given.grad.numpy(), operator.T[:, rows] @ direction[rows], atol=1e-14)
+    np.testing.assert_array_equal(own.detach().numpy(), ego[rows])
+    # Both may be used, and more than once before the gradient is asked for.
+    other = torch.tensor([1, 11])
+    again, _ = propagate.at(given, other)
+    weight = torch.from_numpy(direction)
+    ((found * weight[rows]).sum() + 3 * (own * weight[rows]).sum() + (again * weight[other]).sum()).backward()
+    expected = operator.T[:, rows] @ direction[rows] + operator.T[:, other] @ direction[other]
+    expected[rows] += 3 * direction[rows]
+    np.testing.assert_allclose(given.grad.numpy(), expected, atol=1e-14)
 
 
 def test_the_bpr_loss_and_its_gradient_are_the_papers() -> None:
@@ -197,7 +204,7 @@ def test_sgls_views_leave_edges_out_and_its_objective_adds_up() -> None:
     operators = [view(torch.eye(96)) for view in (*objective._views, objective._bpr.embeddings)]
     edges = [int((operator[:60, 60:] != 0).sum()) for operator in operators]
     assert not torch.equal(operators[0], operators[1])
-    one_layer = [view._graph.to_dense()[:60, 60:] != 0 for view in objective._views]
+    one_layer = [view.graph.to_dense()[:60, 60:] != 0 for view in objective._views]
     assert all(0.6 < float(view.sum()) / len(train.users) < 0.8 for view in one_layer)
     assert max(edges[:2]) <= edges[2]
     before = objective._views

@@ -25,8 +25,8 @@ class Propagate(Protocol):
         """All of it, in the shape of `ego`."""
         ...
 
-    def at(self, ego: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Rows [m] of it, each once and in ascending order: [m, d]."""
+    def at(self, ego: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows [m] of it, each once, and the same rows of `ego`: [m, d] each."""
         ...
 
 
@@ -108,8 +108,7 @@ class Bpr:
         anchor, positive = self._anchors_from + self._anchor[batch], self._first + self._positive[batch]
         # Each row once: the gradient of a gather from `ego` is as large as `ego`.
         rows, place = torch.unique(torch.cat([anchor, positive, self._first + negative]), return_inverse=True)
-        learnt = ego[rows]
-        scored = self._propagate.at(ego, rows) if self._propagate else learnt
+        scored, learnt = self._propagate.at(ego, rows) if self._propagate else (ego[rows],) * 2
         u, i, j = F.embedding(place, scored).chunk(3)
         return bpr_loss((u, i, j), (F.embedding(place, learnt),), self._weights[batch] * counts, self._weight_decay)
 

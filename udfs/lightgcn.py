@@ -45,65 +45,75 @@ def _csr(matrix: sparse.csr_matrix, device: torch.device, dtype: torch.dtype) ->
 
 
 class _MeanOfLayers(torch.autograd.Function):
-    """Rows of the mean of E, A E, ..., A^L E with a symmetric A.
+    """Rows of the mean of E, A E, ..., A^L E with a symmetric A, and the same rows of E.
 
     Only the last product knows which rows are wanted, and the first one of the gradient: they take these rows of A alone,
-    for a batch a fraction of its entries. The gradient goes back through the same products (A is symmetric, so its
-    transpose is never needed).
+    for a batch a fraction of its entries. The gradient goes back through the same products, since A is its own transpose.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
-        graph: torch.Tensor,
-        part: torch.Tensor,
-        back: torch.Tensor,
-        ego: torch.Tensor,
-        rows: torch.Tensor,
-        layers: int,
-    ) -> torch.Tensor:
-        """A [n, n], its rows [m, n] and their transpose [n, m]; ego [n, d], rows [m] -> [m, d]."""
-        layer, total = ego, ego[rows]
-        for _ in range(layers - 1):
-            layer = graph @ layer
-            total = total + layer[rows]
-        ctx.graph, ctx.back, ctx.layers = graph, back, layers
-        ctx.save_for_backward(rows)
-        return (total + part @ layer) / (layers + 1)
+        ctx: Any, of: Propagation, part: torch.Tensor, back: torch.Tensor, ego: torch.Tensor, rows: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of A [m, n] and their transpose [n, m]; ego [n, d], rows [m] -> [m, d] twice."""
+        own = ego.index_select(0, rows)
+        layer, total = ego, own
+        for number in range(of.layers - 1):
+            layer = _product(of.graph, layer, of.buffer(number % 2, ego))
+            total = total + layer.index_select(0, rows)
+        ctx.of, ctx.back = of, back
+        ctx.save_for_backward(rows, ego)
+        return (total + part @ layer) / (of.layers + 1), own
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (rows,) = ctx.saved_tensors
-        gradient = gradients[0].contiguous() / (ctx.layers + 1)
+        rows, ego = ctx.saved_tensors
+        layers = ctx.of.layers
+        gradient = gradients[0].contiguous() / (layers + 1)
         # Horner's scheme for (I + A + ... + A^L) S g, where S puts g into its rows.
-        back = ctx.back @ gradient
-        back[rows] += gradient
-        for _ in range(ctx.layers - 1):
-            back = ctx.graph @ back
-            back[rows] += gradient
-        return None, None, None, back, None, None
+        left, found = ctx.back, gradient
+        for number in range(layers):
+            # What is returned is a tensor of its own, since autograd keeps it.
+            last = number == layers - 1
+            found = _product(left, found, torch.empty_like(ego) if last else ctx.of.buffer(number % 2, ego))
+            found.index_add_(0, rows, gradient + gradients[1] if last else gradient)
+            left = ctx.of.graph
+        return None, None, None, found, None
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """`left` @ `right` in `out`: a large tensor that is new each time costs as much as the product, in page faults."""
+    return torch.addmm(out, left, right, beta=0, out=out)
 
 
 class Propagation:
     """The mean of layers 0 .. L of E, A E, A^2 E, ... (equations 4 to 8 with alpha_k = 1 / (L + 1))."""
 
     def __init__(self, adjacency: sparse.csr_matrix, layers: int, device: torch.device, dtype: torch.dtype) -> None:
-        self._adjacency, self._layers = adjacency.astype(np.float32 if dtype == torch.float32 else np.float64), layers
-        self._graph = _csr(self._adjacency, device, dtype)
+        self._adjacency = adjacency.astype(np.float32 if dtype == torch.float32 else np.float64)
+        self.layers, self.graph = layers, _csr(self._adjacency, device, dtype)
+        self._buffers: dict[int, torch.Tensor] = {}
 
     def __call__(self, ego: torch.Tensor) -> torch.Tensor:
         """`ego` [users + items, d] -> the same shape."""
-        return self.at(ego, torch.arange(len(ego), device=ego.device))
+        return self.at(ego, torch.arange(len(ego), device=ego.device))[0]
 
-    def at(self, ego: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Rows [m] of it, each once and in ascending order: [m, d]."""
-        if not self._layers:
-            return ego[rows]
-        part = back = self._graph
+    def at(self, ego: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows [m] of it, each once, and the same rows of `ego`: [m, d] each."""
+        if not self.layers:
+            own = ego[rows]
+            return own, own
+        part = back = self.graph
         if len(rows) < len(ego):
             of_rows = self._adjacency[rows.cpu().numpy()]
             part, back = (_csr(matrix, ego.device, ego.dtype) for matrix in (of_rows, of_rows.T.tocsr()))
-        return _MeanOfLayers.apply(self._graph, part, back, ego, rows, self._layers)
+        return _MeanOfLayers.apply(self, part, back, ego, rows)
+
+    def buffer(self, number: int, like: torch.Tensor) -> torch.Tensor:
+        """A tensor of this shape for what is not needed after a pass through the layers."""
+        if number not in self._buffers or self._buffers[number].shape != like.shape:
+            self._buffers[number] = torch.empty_like(like, requires_grad=False)
+        return self._buffers[number]
 
 
 def propagation(data: Data, params: CfParams) -> Propagation:

@@ -45,8 +45,9 @@ class Sgcl:
         data, params = self._data, self._params
         pair = torch.cat([data.users[batch], data.n_users + data.items[batch]])
         rows, place = torch.unique(pair, return_inverse=True)
-        users, items = F.embedding(place, self._propagate.at(ego, rows)).chunk(2)
-        penalty = F.embedding(place, ego[rows]).square().sum() / (2 * len(batch))
+        scored, learnt = self._propagate.at(ego, rows)
+        users, items = F.embedding(place, scored).chunk(2)
+        penalty = F.embedding(place, learnt).square().sum() / (2 * len(batch))
         loss = sgcl_loss(users, items, data.weights[batch], params.temperature)
         return loss + params.weight_decay * penalty
 

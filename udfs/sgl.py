@@ -51,7 +51,7 @@ class Sgl:
         users = torch.unique(self._data.users[batch])
         items = self._data.n_users + torch.unique(self._data.items[batch])
         rows = torch.cat([users, items])
-        views = [view.at(ego, rows).split([len(users), len(items)]) for view in self._views]
+        views = [view.at(ego, rows)[0].split([len(users), len(items)]) for view in self._views]
         contrast = sum(info_nce(one, other, self._params.temperature) for one, other in zip(*views, strict=True))
         return self._bpr.loss(ego, batch) + self._params.contrast_weight * contrast
 
