@@ -42,6 +42,12 @@ ROWS = (
         "CF: LightGCN against users (the guider)",
         ("cf.model=lightgcn", "cf.negatives=user", "cf.dimension=64", "cf.epochs=40"),
     ),
+    Row("CF: LightGCN", ("cf.model=lightgcn", "cf.dimension=64", "cf.epochs=40")),
+    Row("CF: LightGCN from LLMInit", ("cf.model=lightgcn", "cf.dimension=64", "cf.epochs=40", "cf.init=llminit")),
+    Row(
+        "cold items where LLMInit puts them",
+        ("cf.model=lightgcn", "cf.dimension=64", "cf.epochs=40", "cf.init=llminit", "refresh.cold=llminit"),
+    ),
     Row("LoRA", ("filterllm.lora=true", "filterllm.epochs=6")),
     Row("SmolLM2, last token", ("text.model=smollm2",)),
     Row("SmolLM2, mean", ("text.model=smollm2", "text.pooling=mean")),
