@@ -7,6 +7,7 @@ from that new space. Where an item's vector comes from is its `source`:
 - sampled: it has sampled users tonight; folded in from these, united with its few real pairs
 - llminit: cold, and where its text alone places it in a space that began with cf.init=llminit: what is left for an item
   without sampled users, or the way for all cold items (refresh.cold)
+- allmrec: cold, and where A-LLMRec's alignment decodes its text to (refresh.cold; jobs/allmrec_alignment.py)
 - cf: trained in the space; or folded in from its real pairs, for an item that the space does not have
 - carried_over: warm, not in the space, and published before in this space: the vector of then
 """
@@ -22,7 +23,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs import cf, cf_start, published
+from jobs import allmrec_alignment, cf, cf_start, published
 from jobs.cf import Space
 from jobs.run import Run, log
 from jobs.staging import Staging
@@ -86,12 +87,14 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
     Returns:
         rows: table -> rows; sources: source -> items; users_folded_in; users_left_out: no item of theirs is in the space;
         items_left_out: nothing to make a vector from; sampled_dropped: rows of users or items that are gone; method;
-        model_version; space_version, dimension, aligned_to and residual of the space that the vectors are in.
+        model_version; alignment_version: that placed cold items, if one did; space_version, dimension, aligned_to and
+        residual of the space that the vectors are in.
 
     Raises:
         RefreshError: a vector is not finite.
         udfs.fold_in.FoldInError: the space's regularization is too small to fold in.
         udfs.cf_model.CfError: method retrain, and training failed.
+        udfs.allmrec_examples.AllmrecError: refresh.cold=allmrec, and there is nothing to align.
     """
     night = _night(run)
     if not night.sampled_rows.num_rows:
@@ -107,7 +110,8 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
     needs = items_in_space < 0
     real = _real_pairs(night, space.facts["binary"], in_space < 0, needs if retrain else needs | _sampled_items(night))
     users = _users(space, in_space, items_in_space, real)
-    items = _items(night, space, users, items_in_space, real, fold_sampled=not retrain)
+    alignment = allmrec_alignment.for_space(run, space) if run.settings.refresh.cold == "allmrec" else None
+    items = _items(night, space, users, items_in_space, real, alignment, fold_sampled=not retrain)
     facts = _write(night, out, space, users, items)
     return {
         **facts,
@@ -118,6 +122,7 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
         - night.sampled_rows.num_rows,
         "method": run.settings.refresh.method,
         "model_version": run.staging("filterllm_train").facts()["model_version"],
+        "alignment_version": alignment,
         "space_version": space.version,
         **{name: space.facts[name] for name in ("dimension", "aligned_to", "residual")},
     }
@@ -208,7 +213,16 @@ def _fold(space: Space, fixed: Matrix, csr: Any, scale: str, gram_of_all: Any = 
     )
 
 
-def _items(night: _Night, space: Space, users: Matrix, in_space: Rows, real: Pairs, *, fold_sampled: bool) -> _Items:
+def _items(
+    night: _Night,
+    space: Space,
+    users: Matrix,
+    in_space: Rows,
+    real: Pairs,
+    alignment: str | None,
+    *,
+    fold_sampled: bool,
+) -> _Items:
     """Tonight's items as the top of this file says."""
     found = _Items.none_yet(len(in_space), users.shape[1])
     midnight = night.run.midnight
@@ -221,9 +235,9 @@ def _items(night: _Night, space: Space, users: Matrix, in_space: Rows, real: Pai
         found.source[known] = np.where(sampled_items[known], "sampled", found.source[known])
     else:
         found.source[sampled_items] = None
-    if night.run.settings.refresh.cold == "llminit":
+    if night.run.settings.refresh.cold != "sampled":
         found.source[~night.warm] = None
-        _place_by_text(night, space, found)
+        _place_by_text(night, space, found, alignment)
     _carry_over(night, space, found)
 
     left = np.array([source is None for source in found.source], bool)
@@ -251,15 +265,19 @@ def _items(night: _Night, space: Space, users: Matrix, in_space: Rows, real: Pai
     return found
 
 
-def _place_by_text(night: _Night, space: Space, found: _Items) -> None:
+def _place_by_text(night: _Night, space: Space, found: _Items, alignment: str | None = None) -> None:
     """Give cold items with a text that have no vector the one that their text alone has in the space, if it has any."""
-    if space.facts["encoder_version"] is None:
+    if alignment is None and space.facts["encoder_version"] is None:
         return
     left = np.array([source is None for source in found.source], bool)
     rows = np.flatnonzero(left & ~night.warm & night.texts.is_valid().to_numpy(zero_copy_only=False))
     if len(rows):
-        vectors = cf_start.vectors(night.run, space.version, space.facts, night.texts.take(pa.array(rows)).to_pylist())
-        found.put(rows, vectors, "llminit", np.zeros(len(rows), np.int64), night.run.midnight)
+        shas = night.texts.take(pa.array(rows)).to_pylist()
+        if alignment is not None:
+            vectors, source = allmrec_alignment.vectors(night.run, alignment, shas), "allmrec"
+        else:
+            vectors, source = cf_start.vectors(night.run, space.version, space.facts, shas), "llminit"
+        found.put(rows, vectors, source, np.zeros(len(rows), np.int64), night.run.midnight)
 
 
 def _carry_over(night: _Night, space: Space, found: _Items) -> None:

@@ -11,17 +11,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from jobs.allmrec_settings import Allmrec
+from jobs.settings_section import Section as _Section
 from schemas.errors import ColdRefreshError
 
 
 class SettingsError(ColdRefreshError):
     """The settings cannot be used: the message names the file, the key and what was expected."""
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class InputTable(_Section):
@@ -153,9 +151,10 @@ class Sampling(_Section):
 
 class Refresh(_Section):
     method: Literal["fold_in", "retrain"] = "fold_in"
-    cold: Literal["sampled", "llminit"] = Field(
+    cold: Literal["sampled", "llminit", "allmrec"] = Field(
         "sampled",
-        description="where cold items' vectors come from: FilterLLM's sampled users, or (cf.init=llminit) their text's start",
+        description="where cold items' vectors come from: FilterLLM's sampled users, (cf.init=llminit) their text's start, or "
+        "their text through A-LLMRec's first stage (allmrec.alignment)",
     )
     users: int | None = Field(None, ge=1, description="how many of the K users the refresh uses; all by default")
     by_probability: bool = Field(True, description="weigh the users by their probability; otherwise each counts as one")
@@ -225,6 +224,7 @@ class Settings(_Section):
     filterllm: FilterLLM = FilterLLM()
     sampling: Sampling = Sampling()
     refresh: Refresh = Refresh()
+    allmrec: Allmrec = Allmrec()
     gates: Gates = Gates()
     evaluate: Evaluate = Evaluate()
     ray: RayCluster = RayCluster()
@@ -243,6 +243,17 @@ class Settings(_Section):
             raise ValueError(
                 "refresh.cold llminit needs cf.init llminit: otherwise texts and space have nothing in common"
             )
+        if self.refresh.cold == "allmrec" and self.refresh.method != "fold_in":
+            raise ValueError(
+                "refresh.cold allmrec places cold items in the night's space, and refresh.method retrain trains them into "
+                "another one: set refresh.method fold_in, or refresh.cold sampled"
+            )
+        aligned = self.allmrec.alignment
+        if aligned.match == "none" and not aligned.text_recommendation and self.refresh.cold == "allmrec":
+            raise ValueError(
+                "refresh.cold allmrec needs texts that are tied to CF: set allmrec.alignment.match mse or infonce, or "
+                "allmrec.alignment.text_recommendation above 0"
+            )
         if self.evaluate.protocol == "random_item" and self.snapshot.split is None:
             raise ValueError("evaluate.protocol random_item needs snapshot.split")
         return self
@@ -251,10 +262,15 @@ class Settings(_Section):
         """Hash (16 hex digits) of the settings that decide results; of `sections` only, if named.
 
         Where the lake is and how workers run is left out; of named sections also `retrain_days`, which says when to train
-        and not what comes of it, so that a space is found again whatever asked for it.
+        and not what comes of it, so that a space is found again whatever asked for it. Of section allmrec a night reads the
+        alignment only, and that for refresh.cold=allmrec: otherwise nothing there makes another night.
         """
         body = self.model_dump(mode="json", exclude={"lake", "storage_options", "ray", "spark", "keep_runs"})
-        if sections:
+        if not sections:
+            allmrec = body.pop("allmrec")
+            if self.refresh.cold == "allmrec":
+                body["allmrec.alignment"] = allmrec["alignment"]
+        else:
             body = {name: body[name] for name in sections}
             for section in body.values():
                 if isinstance(section, dict):

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from jobs import cf, cf_start, refresh
+from jobs import allmrec_alignment, cf, cf_start, refresh
 from jobs.run import OUTPUTS, Run, execute
 from schemas.table import table as schema
 from tests.staged_night import Pair, blocks, run_of, snapshot
@@ -159,6 +159,60 @@ def test_a_cold_item_s_start_is_what_is_left_or_the_way(way: str, tmp_path: Path
     best = sorted(users, key=lambda u: -float(users[u]["embedding"] @ items["new-1"]["embedding"]))[:5]
     assert all(user.startswith("u1") for user in best)
     assert tables["sampled_interactions"].num_rows == 3
+
+
+ALIGNED = {"alignment": {"epochs": 40, "patience": 40, "learning_rate": 1e-2, "stop_by": "loss"}}
+
+
+def test_a_cold_item_is_where_its_text_is_decoded_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = {**blocks(), ("u0-1", "new-0"): 1.0}
+    texts = {item: np.eye(5)[int(item[1])].tolist() for item in sorted({i for _, i in blocks()})}
+    texts |= {"new-0": np.eye(5)[0].tolist(), "new-1": np.eye(5)[1].tolist()}
+    settings: dict[str, Any] = {"cf": BPR, "refresh": {"cold": "allmrec"}, "allmrec": ALIGNED}
+    settings |= {"snapshot": {"warm_interactions": 2}}
+    cold, sampled = ("new-0", "new-1", "no-text"), {"new-0": SAMPLED["new-0"]}
+    run = run_of(tmp_path, DAY, **settings)
+    facts, tables, space = _night(run, pairs, sampled, cold, texts)
+    items, users = _by_id(tables["item_embeddings"]), _by_id(tables["user_embeddings"])
+    assert (facts["sources"], facts["items_left_out"]) == ({"cf": 18, "allmrec": 2}, 1)
+    version = facts["alignment_version"]
+    decoded = allmrec_alignment.vectors(run, version, ["sha-new-0", "sha-new-1"])
+    for at, name in enumerate(("new-0", "new-1")):
+        np.testing.assert_array_equal(items[name]["embedding"], decoded[at])
+        assert (items[name]["source"], items[name]["interactions"]) == ("allmrec", 0)
+        best = sorted(users, key=lambda u: -float(users[u]["embedding"] @ items[name]["embedding"]))[:5]
+        assert all(user.startswith(f"u{at}") for user in best)
+    artifact = run.artifact("alignments", version)
+    assert artifact.facts()["cf_version"] == space.version
+    assert artifact.facts()["best_epoch"] > 4
+    assert not run.artifact("checkpoints", version).children()
+    assert tables["sampled_interactions"].num_rows == 3
+
+    # The next night keeps the space and takes the alignment that is there.
+    following = run_of(tmp_path, NEXT, 2, **settings)
+    assert _night(following, pairs, sampled, cold, texts)[0]["alignment_version"] == version
+    # Killed while it trained: another run of it goes on, and ends with the same bytes.
+    files = artifact.read_bytes("model.safetensors")
+    artifact.clear()
+    train, epochs = allmrec_alignment.allmrec_alignment_training.train, []
+
+    def killed(*arguments: Any, **options: Any) -> Any:
+        def log(line: str) -> None:
+            epochs.append(line)
+            if line.startswith("epoch 4/"):
+                raise KeyboardInterrupt
+
+        return train(*arguments[:6], log, **options)
+
+    monkeypatch.setattr(allmrec_alignment.allmrec_alignment_training, "train", killed)
+    run.staging("refresh").clear()
+    with pytest.raises(KeyboardInterrupt):
+        execute(run, "refresh", refresh.run)
+    assert not artifact.is_complete()
+    monkeypatch.undo()
+    assert execute(run, "refresh", refresh.run)["alignment_version"] == version
+    assert artifact.read_bytes("model.safetensors") == files
+    assert len(epochs) == 2 * 4
 
 
 def test_refresh_users_cuts_what_is_used_not_what_is_published(tmp_path: Path) -> None:

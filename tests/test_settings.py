@@ -64,6 +64,32 @@ def test_only_what_decides_results_makes_another_run() -> None:
     assert base.digest() != Settings(lake="here", seed=8).digest()
 
 
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"refresh": {"cold": "allmrec", "method": "retrain"}}, "set refresh.method fold_in"),
+        (
+            {"refresh": {"cold": "allmrec"}, "allmrec": {"alignment": {"match": "none"}}},
+            "alignment.match mse or infonce",
+        ),
+        ({"allmrec": {"backbone": "svd"}}, "'sasrec'"),
+        ({"allmrec": {"reader": {"llm": "smollm2"}}}, "reader.llm"),
+    ],
+)
+def test_ways_of_allmrec_that_do_not_go_together_are_named(sections: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Settings.model_validate({"lake": "here", **sections})
+
+
+def test_allmrec_makes_another_night_only_where_a_night_reads_it() -> None:
+    reader, alignment = {"allmrec": {"reader": {"epochs": 1}}}, {"allmrec": {"alignment": {"epochs": 1}}}
+    base, placed = {"lake": "here"}, {"lake": "here", "refresh": {"cold": "allmrec"}}
+    digests = [
+        Settings.model_validate({**one, **two}).digest() for one in (base, placed) for two in ({}, reader, alignment)
+    ]
+    assert digests[0] == digests[1] == digests[2] != digests[3] == digests[4] != digests[5]
+
+
 @pytest.mark.parametrize("text", ["2026-02-30", "20260201", "yesterday", ""])
 def test_a_run_date_that_is_none(text: str) -> None:
     with pytest.raises(SettingsError, match="is no date"):

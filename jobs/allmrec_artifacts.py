@@ -1,0 +1,79 @@
+"""Trained parts of A-LLMRec as artifacts: the one that is there, or a new one, whose training goes on where it was killed.
+
+Kinds: `backbones`, `alignments` and `readers` under `_artifacts/`. What a part is made for (its identity: what it stands on, and
+the settings) is in its facts; its version is a hash of that and of the data. The state of a training is saved every epoch under
+`_artifacts/checkpoints/<version>`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from datetime import date
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel
+
+from jobs.run import Run
+from jobs.staging import Staging
+from udfs import allmrec_examples
+from udfs.filterllm_checkpoint import Checkpoints
+
+FILES = ("model.safetensors", "config.json")
+Fit = Callable[[Staging, Checkpoints], dict[str, Any]]
+
+
+def conf_digest(section: BaseModel, seed: int, without: set[str] | None = None) -> str:
+    """Hash of the settings that decide a part, beside what it stands on."""
+    body = json.dumps([section.model_dump(mode="json", exclude=without), seed], sort_keys=True)
+    return hashlib.sha256(body.encode()).hexdigest()[:16]
+
+
+def newest(run: Run, kind: str, identity: dict[str, str], days: int | None = None) -> str | None:
+    """The newest complete part of this identity, trained on the run date or before (less than `days` days ago)."""
+    found = []
+    for version in Staging(run.lake.path(f"_artifacts/{kind}")).children():
+        artifact = run.artifact(kind, version)
+        if artifact.is_complete():
+            facts = artifact.facts()
+            age = (run.run_date - date.fromisoformat(facts["trained_on"])).days
+            if 0 <= age < (days or age + 1) and all(facts.get(name) == value for name, value in identity.items()):
+                found.append((-age, version))
+    return max(found)[1] if found else None
+
+
+def train(run: Run, kind: str, identity: dict[str, str], data: Any, arrays: Sequence[np.ndarray], fit: Fit) -> str:
+    """Train a part and leave it; returns its version.
+
+    Args:
+        data (JSON), arrays: what it is trained on.
+        fit: is given the artifact, to leave its files there, and its checkpoints; returns facts.
+    """
+    version = allmrec_examples.identity([identity, run.run_date.isoformat(), data], *arrays)[:16]
+    artifact, checkpoints = run.artifact(kind, version), run.artifact("checkpoints", version)
+    if not artifact.is_complete():
+        artifact.clear()
+        found = fit(artifact, Checkpoints(checkpoints.path("state")))
+        artifact.complete({**identity, "run_id": run.run_id, "trained_on": run.run_date.isoformat(), **found})
+    # Not before the part is complete: until then a killed run goes on from them.
+    checkpoints.clear()
+    return version
+
+
+def files(run: Run, kind: str, version: str) -> dict[str, bytes]:
+    """The files of a trained module.
+
+    Raises:
+        jobs.staging.StagingError: it is not there, or not complete.
+    """
+    artifact = run.artifact(kind, version)
+    artifact.facts()
+    return {name: artifact.read_bytes(name) for name in FILES}
+
+
+def write(artifact: Staging, made: dict[str, bytes]) -> None:
+    """Leave a module's files."""
+    for name, body in made.items():
+        artifact.write_bytes(name, body)
