@@ -7,7 +7,7 @@ need not know which it has.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -154,6 +154,13 @@ def build(kind: str, seed: int, **config: Any) -> Any:
 def of(model: SequenceModel | ncf.NeuMf) -> Backbone:
     """The trained model as a backbone."""
     return NcfBackbone(model) if isinstance(model, ncf.NeuMf) else SequenceBackbone(model)
+
+
+def with_items(model: SequenceModel, items: Matrix) -> SequenceModel:
+    """The trained model for other items [J, d], whose vectors lie in the space of its own, in evaluation mode."""
+    other = type(model)(replace(model.config, items=len(items)))  # type: ignore[arg-type]
+    other.load_state_dict({**model.state_dict(), "items": torch.from_numpy(np.array(items, np.float32))})
+    return other.to(model.items.device).eval()
 
 
 def dump(model: SequenceModel | ncf.NeuMf) -> dict[str, bytes]:

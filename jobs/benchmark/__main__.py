@@ -24,6 +24,7 @@ from schemas.errors import ColdRefreshError
 SUBJECTS = {
     "speed": "scoring, training step, encoding and text-to-judgment: time, peak memory, ratios",
     "judgment": "text to distribution against text to judgment alone, with all its options",
+    "allmrec": "A-LLMRec among 20 candidates: CF backbones, ablations, cold items and users, few users, another domain",
     "llminit": "CF models from a random start and from text embeddings, for all users and cold ones",
     "lightgcn": "seconds an epoch of LightGCN, against RecBole's",
     "quality": "Recall and NDCG of every method on the papers' data sets, mean and spread over seeds",

@@ -1,0 +1,96 @@
+"""The rows of the A-LLMRec benchmark: what ranks the candidates, as changes to the options of the whole method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+#: random; popularity; the CF model's own score; text: mean of the history's texts . the candidate's; stage 1: x_u . f_I^dec of
+#: the joint vector; reader: the language model's likelihood of the title.
+Ranker = Literal["random", "popularity", "backbone", "text", "stage 1", "reader"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """A-LLMRec and its training, as the paper has it but for sizes. A row changes the first part, the command the second."""
+
+    ranker: Ranker = "reader"
+    backbone: str = "sasrec"  # or gru4rec, nextitnet, ncf, lightgcn, als_cg
+    match: Literal["mse", "infonce", "none"] = "mse"
+    reconstruction: bool = True
+    recommendation: float = 1.0
+    text_recommendation: float = 0.0
+    deep: bool = False
+    tuned: bool = True  # the sentence encoder is trained along, by LoRA
+    user: bool = True  # soft tokens of the prompt
+    items: bool = True
+    random_joint: bool = False
+
+    test_users: int = 1000  # of a column at most; 0: all
+    cold_users: int = 1000  # left out of training; at most a tenth of the users
+    train_users: int = 4000  # whom the second stage learns from, at most; 0: all
+    epochs: int = 5  # of the second stage
+    tuned_users: int = 4000  # whom the sentence encoder learns from, at most; 0: all
+    tuned_epochs: int = 1
+    alignment_epochs: int = 10
+    cf_epochs: int = 200
+    cf_patience: int = 20
+    dimension: int = 50  # of the CF space
+    history: int = 10  # titles in a prompt
+    title_tokens: int = 24
+    learning_rate: float = 1e-4  # of the second stage
+    model: str = "smollm2"
+    text_model: str = "minilm"
+    dtype: str = "float32"  # of the language model
+    device: str = "cpu"
+
+
+#: What the command can change: an option of its own each.
+SIZES = (
+    "test_users", "cold_users", "train_users", "epochs", "tuned_users", "tuned_epochs", "alignment_epochs", "cf_epochs",
+    "cf_patience", "dimension", "history", "title_tokens", "learning_rate", "model", "text_model", "dtype", "device",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """changes: to fields of Options."""
+
+    name: str
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    def options(self, base: Options) -> Options:
+        return replace(base, **self.changes)
+
+
+_BACKBONES = {
+    "SASRec": "sasrec",
+    "GRU4Rec": "gru4rec",
+    "NextItNet": "nextitnet",
+    "NCF": "ncf",
+    "LightGCN": "lightgcn",
+    "ALS": "als_cg",
+}
+
+ROWS = (
+    Row("random", {"ranker": "random"}),
+    Row("popularity", {"ranker": "popularity"}),
+    *(Row(name, {"ranker": "backbone", "backbone": kind}) for name, kind in _BACKBONES.items()),
+    Row("LLM only", {"ranker": "reader", "user": False, "items": False}),
+    Row("text encoder only", {"ranker": "text"}),
+    Row("stage 1 only", {"ranker": "stage 1"}),
+    Row("stage 1 only, frozen encoder", {"ranker": "stage 1", "tuned": False}),
+    # L_rec of f_I^dec(q_i), which the paper does not have.
+    Row("stage 1 only, frozen encoder, text taught to rank", {"ranker": "stage 1", "tuned": False, "text_recommendation": 1.0}),
+    Row("A-LLMRec"),
+    Row("without match", {"match": "none"}),
+    Row("without reconstruction", {"reconstruction": False}),
+    Row("without recommendation loss", {"recommendation": 0.0}),
+    Row("frozen encoder", {"tuned": False}),
+    Row("without user", {"user": False}),
+    Row("without joint item", {"items": False}),
+    Row("random joint item", {"random_joint": True}),
+    Row("InfoNCE", {"match": "infonce"}),
+    Row("deep alignment", {"deep": True}),
+    *(Row(f"A-LLMRec on {name}", {"backbone": kind}) for name, kind in _BACKBONES.items() if kind != "sasrec"),
+)  # fmt: skip

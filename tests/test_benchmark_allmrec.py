@@ -1,0 +1,158 @@
+"""The A-LLMRec benchmark: every row and scenario on a made-up shop, kept results, and the questions that are asked."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from jobs.benchmark import allmrec, allmrec_cells, allmrec_data
+from jobs.benchmark.allmrec_rows import ROWS, Options
+from schemas.errors import ColdRefreshError
+from tests import word_llm
+from udfs.sequences import PADDING
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ITEMS, USERS, TOPICS = 40, 60, 4
+WORDS = ("tea", "yarn", "chess", "bicycle"), ("red", "old", "big", "new", "hot")
+TITLES = [f"{WORDS[0][i % TOPICS]} {WORDS[1][i // 8]}" for i in range(ITEMS)]
+ID_MODELS = ("NCF", "LightGCN", "ALS", "A-LLMRec on NCF", "A-LLMRec on LightGCN", "A-LLMRec on ALS")
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two data sets in which a user stays with a topic, and a language model that knows the titles' words."""
+    folder = tmp_path_factory.mktemp("shop")
+    for seed, name in enumerate(allmrec.DATA_SETS):
+        rng = np.random.default_rng(seed)
+        rows = []
+        for user in range(USERS):
+            items = rng.permutation(ITEMS // TOPICS)[: rng.integers(5, 9)] * TOPICS + user % TOPICS
+            rows += [(f"u{user}", f"i{item:02}", place) for place, item in enumerate(items)]
+        (folder / name).mkdir()
+        events = pd.DataFrame(rows, columns=["user_id", "item_id", "seq"]).sample(frac=1, random_state=1)
+        events.to_parquet(folder / name / "interactions.parquet")
+        items = pd.DataFrame({"item_id": [f"i{item:02}" for item in range(ITEMS)], "title": TITLES})
+        items.to_parquet(folder / name / "items.parquet")
+    word_llm.build(folder / "llm", TITLES)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _collected() -> Iterator[None]:
+    """Peak memory is measured behind a collection of garbage, which is slow among all that a test session has imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def arguments(shop: Path, work: Path, *given: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    allmrec.add_arguments(parser)
+    sizes = {
+        "test-users": 8, "cold-users": 5, "train-users": 4, "epochs": 1, "tuned-users": 4, "alignment-epochs": 1, "cf-epochs": 2,
+        "dimension": 8, "history": 3, "model": shop / "llm", "text-model": shop / "llm", "work": work,
+    }  # fmt: skip
+    return parser.parse_args([*(part for name, value in sizes.items() for part in (f"--{name}", str(value))), *given])
+
+
+def test_every_row_is_measured_once(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLD_REFRESH_DATA", str(shop))
+    given = ("--dataset", "amazon-games", "--seeds", "7", "--few-shot", "16")
+    args = arguments(shop, tmp_path, *given)
+    result = allmrec.run(args)
+    found = {name: one[0] for name, one in result["results"]["amazon-games"].items()}
+    assert list(found) == [row.name for row in ROWS]
+    for name, by in found.items():
+        for one in by.values():
+            assert one["seconds"] >= 0
+            assert one["memory"] >= 0
+            for group, users in one["users"].items():
+                hit, ndcg, hr = (one["figures"][f"{group} {metric}"] for metric in allmrec_cells.METRICS)
+                assert 0 <= hit <= ndcg <= hr <= 1
+                assert 0 < users <= 8
+        groups = {group for one in by.values() for group in one["users"]}
+        expected = {"all", "warm items", "cold items"} | ({"cold users"} if name not in ID_MODELS else set())
+        learns = name not in (*ID_MODELS, "random", "popularity", "LLM only", "text encoder only")
+        expected |= {"few-shot 16"} if learns else set()
+        moves = learns and name not in ("SASRec", "GRU4Rec", "NextItNet")
+        expected |= {"cross-domain"} if moves or name in ("random", "LLM only", "text encoder only") else set()
+        assert groups == expected, name
+    titles = [table["title"] for table in result["tables"]]
+    assert titles == [f"A-LLMRec on amazon-games: {metric} among 20" for metric in allmrec_cells.METRICS]
+    # What the language model is told makes a difference, and each loss does.
+    likelihoods = {name: by["all"]["figures"] for name, by in found.items() if "all" in by}
+    assert likelihoods["A-LLMRec"] != likelihoods["random"]
+
+    # Parts are shared: SASRec is trained once a scenario, by whichever row comes first.
+    trained = [line for line in capsys.readouterr().err.splitlines() if ': backbone ["sasrec"' in line]
+    assert len(trained) == 2
+    monkeypatch.setattr(allmrec, "cell", lambda *given: pytest.fail("measured again"))
+    assert allmrec.run(args) == result
+    # Another size is another result, of the same parts.
+    monkeypatch.setattr(allmrec, "cell", allmrec_cells.cell)
+    again = allmrec.run(
+        arguments(shop, tmp_path, *given, "--rows", "SASRec", "--scenarios", "all", "--test-users", "0")
+    )
+    assert again["results"]["amazon-games"]["SASRec"][0]["all"]["users"]["all"] > 8
+    assert "backbone" not in capsys.readouterr().err
+
+
+def test_an_unknown_row_is_an_error(shop: Path, tmp_path: Path) -> None:
+    with pytest.raises(ColdRefreshError, match=r"no such row.*SASRec"):
+        allmrec.run(arguments(shop, tmp_path, "--rows", "SASRec", "no such row"))
+
+
+def test_what_is_asked(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLD_REFRESH_DATA", str(shop))
+    data = allmrec_data.read("amazon-beauty")
+    assert len(data.titles) == ITEMS
+    division = allmrec_data.divide(data, None, 7, 0, 5)
+    train, asked = division.split.train, division.asked
+    left_out = asked.users[asked.groups["cold users"]]
+    assert len(left_out) == 5
+    assert not train.lengths[left_out].any()
+    assert np.isin(data.histories.lengths[left_out], 5).all()
+    for row, user in enumerate(asked.users):
+        whole = data.histories.take(np.array([user])).items
+        before = asked.histories.take(np.array([row])).items
+        known = 2 if user in left_out else len(whole) - 1
+        assert list(before) == list(whole[:known])
+        assert asked.candidates[row, 0] == whole[known]
+        assert not np.isin(asked.candidates[row, 1:], whole).any()
+        assert len(set(asked.candidates[row])) == 20
+    truth, counts = asked.candidates[:, 0], np.bincount(train.items, minlength=ITEMS)
+    assert division.text_side.sum() == int(0.35 * ITEMS)
+    assert counts[division.text_side].max() <= counts[~division.text_side].min()
+    np.testing.assert_array_equal(asked.groups["cold items"][:-5], division.text_side[truth[:-5]])
+    assert counts[truth[asked.groups["warm items"]]].min() >= np.median(counts)
+
+    few = allmrec_data.divide(data, 16, 7, 0, 5)
+    assert (few.split.train.lengths > 0).sum() == (few.split.validation != PADDING).sum() == 16
+    assert few.text_side.all()
+    np.testing.assert_array_equal(few.asked.candidates, asked.candidates[:-5])
+    another = allmrec_data.divide(data, 16, 8, 0, 5)
+    assert (another.split.train.indptr != few.split.train.indptr).any()
+    np.testing.assert_array_equal(another.asked.candidates, few.asked.candidates)
+
+
+def test_the_text_encoder_finds_the_topic(shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Titles of a topic share a word, so their mean is nearest to another one of it: wiring that mixes items up would show."""
+    monkeypatch.setenv("COLD_REFRESH_DATA", str(shop))
+    data = allmrec_data.read("amazon-beauty")
+    division = allmrec_data.divide(data, None, 7, 0, 5)
+    options = Options(ranker="text", text_model=str(shop / "llm"))
+    found = allmrec_cells.cell(options, tmp_path, data, division, 7, "all", None)
+    options = Options(ranker="random")
+    floor = allmrec_cells.cell(options, tmp_path, data, division, 7, "all", None)
+    assert found is not None
+    assert floor is not None
+    assert found["figures"]["all NDCG@10"] > floor["figures"]["all NDCG@10"] + 0.2
