@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from jobs.benchmark.datasets import SPLIT_SEED, data_folder
-from udfs.allmrec_examples import Examples
+from udfs.allmrec_examples import Examples, identity
 from udfs.backbone import Backbone
 from udfs.sampled_ranking import candidates
 from udfs.sequences import PADDING, Ints, Sequences, Split, leave_one_out
@@ -24,12 +24,16 @@ _VALIDATION = 2000
 
 @dataclass(frozen=True)
 class Corpus:
-    """Users' whole histories of items 0 .. I - 1, their titles, and a hash of both."""
+    """Users' whole histories of items 0 .. I - 1; their titles, which prompts name, and texts, which are encoded."""
 
     name: str
     titles: list[str]
+    texts: list[str]
     histories: Sequences
-    digest: str
+
+    @cached_property
+    def digest(self) -> str:
+        return identity([self.titles, self.texts], self.histories.indptr, self.histories.items)
 
 
 @dataclass(frozen=True)
@@ -62,24 +66,21 @@ class Division:
 
 
 def read(name: str) -> Corpus:
-    """The data set of the data folder, in the order of `seq`; raises ColdRefreshError if it is not there."""
+    """The data set of the data folder, in the order of `seq`; raises ColdRefreshError if it is not there.
+
+    An item without a text is encoded by its title, which the texts of the Amazon sets begin with.
+    """
     folder = data_folder(name)
-    items = pd.read_parquet(folder / "items.parquet", columns=["item_id", "title"]).drop_duplicates("item_id")
-    items = items.astype({"item_id": str}).sort_values("item_id")
+    items = pd.read_parquet(folder / "items.parquet", columns=["item_id", "title", "text"]).drop_duplicates("item_id")
+    items = items.astype({"item_id": str}).fillna({"title": "", "text": ""}).sort_values("item_id")
+    texts = items["text"].where(items["text"] != "", items["title"])
     events = pd.read_parquet(folder / "interactions.parquet", columns=["user_id", "item_id", "seq"])
     events = events.astype({"user_id": str, "item_id": str})
     item = pd.Index(items["item_id"]).get_indexer(events["item_id"])
     events, item = events[item >= 0], item[item >= 0].astype(np.int64)
     user, users = pd.factorize(events["user_id"], sort=True)
     histories = Sequences.of(user.astype(np.int64), item, events["seq"].to_numpy(), len(users))
-    return corpus(name, items["title"].fillna("").tolist(), histories)
-
-
-def corpus(name: str, titles: list[str], histories: Sequences) -> Corpus:
-    digest = hashlib.sha256("\n".join(titles).encode("utf-8", "surrogatepass"))
-    for part in (histories.indptr, histories.items):
-        digest.update(part.tobytes())
-    return Corpus(name, titles, histories, digest.hexdigest())
+    return Corpus(name, items["title"].tolist(), texts.tolist(), histories)
 
 
 def divide(data: Corpus, few: int | None, seed: int, test_users: int, cold_users: int) -> Division:
@@ -90,56 +91,69 @@ def divide(data: Corpus, few: int | None, seed: int, test_users: int, cold_users
     their texts.
     """
     rng = np.random.Generator(np.random.Philox(SPLIT_SEED))
-    lengths, n_items = data.histories.lengths, len(data.titles)
+    lengths = data.histories.lengths
     order = rng.permutation(len(lengths))
     by_length = order[np.argsort(lengths[order], kind="stable")]
-    by_length = by_length[lengths[by_length] >= 3]
-    left_out = by_length[: min(cold_users, len(lengths) // 10)]
+    left_out = by_length[lengths[by_length] >= 3][: min(cold_users, len(lengths) // 10)]
     stay = np.ones(len(lengths), np.bool_)
     stay[left_out] = False
     split = leave_one_out(data.histories.where(stay))
-    counts = np.bincount(split.train.items, minlength=n_items)
+    counts = np.bincount(split.train.items, minlength=len(data.titles))
     # Of items with equally many events it is drawn which are cold.
-    ascending = np.lexsort((rng.permutation(n_items), counts))
-    bottom, top = (np.zeros(n_items, np.bool_) for _ in range(2))
-    bottom[ascending[: int(_SHARE * n_items)]] = True
-    top[ascending[n_items - int(_SHARE * n_items) :]] = True
-
-    most = test_users or len(lengths)
-    tested = order[split.test[order] != PADDING]
-    truth = split.test[tested]
-    groups = {"all": np.ones(len(tested), np.bool_), "warm items": top[truth], "cold items": bottom[truth]}
-    groups = {name: held & (held.cumsum() <= most) for name, held in groups.items()}
-    if few is not None:
-        groups = {f"few-shot {few}": groups["all"]}
-    rows = np.flatnonzero(np.any(list(groups.values()), axis=0))
-    groups = {name: held[rows] for name, held in groups.items()}
-
-    def questions(users: Ints, truth: Ints, seed: int) -> Ints:
-        # Neither what a user has had nor what the user gets later is a wrong answer.
-        return candidates(truth, data.histories.take(users), n_items, _NEGATIVES, seed)
-
-    # Drawn for all, so that a question is the same however many are asked.
-    choice = questions(tested, truth, SPLIT_SEED)[rows]
-    users, known = tested[rows], split.before_test().take(tested[rows])
+    ascending = np.lexsort((rng.permutation(len(counts)), counts))
+    share = int(_SHARE * len(counts))
+    bottom, top = (
+        np.isin(np.arange(len(counts)), ascending[:share]),
+        np.isin(np.arange(len(counts)), ascending[-share:]),
+    )
+    known = _known(data, split, order[split.test[order] != PADDING], bottom, top, test_users)
     if few is None:
-        first = data.histories.indptr[left_out]
-        choice_of_cold = questions(left_out, data.histories.items[first + 2], SPLIT_SEED + 1)[:most]
-        users, choice = np.concatenate([users, left_out[:most]]), np.concatenate([choice, choice_of_cold])
-        behind = np.arange(len(users)) >= len(rows)
-        groups = {name: np.concatenate([held, behind[len(rows) :] & False]) for name, held in groups.items()}
-        groups["cold users"] = behind
-        two = data.histories.items[first[:most, None] + np.arange(2)].reshape(-1)
-        ends = known.indptr[-1] + 2 * np.arange(1, len(first[:most]) + 1)
-        known = Sequences(np.concatenate([known.indptr, ends]), np.concatenate([known.items, two]))
-    text_side = bottom
-    if few is not None:
-        chosen = np.random.Generator(np.random.Philox(seed)).permutation(np.flatnonzero(split.test != PADDING))[:few]
-        keep = np.zeros(len(lengths), np.bool_)
-        keep[chosen] = True
-        split = Split(split.train.where(keep), np.where(keep, split.validation, PADDING), split.test)
-        text_side, counts = np.ones(n_items, np.bool_), np.bincount(split.train.items, minlength=n_items)
-    return Division(split, counts, text_side, Asked(users, known, choice, groups))
+        return Division(split, counts, bottom, _behind(known, _cold(data, left_out, test_users)))
+    users = np.random.Generator(np.random.Philox(seed)).permutation(np.flatnonzero(split.test != PADDING))[:few]
+    keep = np.isin(np.arange(len(lengths)), users)
+    split = Split(split.train.where(keep), np.where(keep, split.validation, PADDING), split.test)
+    asked = known.of(["all"])
+    asked = Asked(asked.users, asked.histories, asked.candidates, {f"few-shot {few}": asked.groups["all"]})
+    return Division(split, np.bincount(split.train.items, minlength=len(counts)), np.ones(len(counts), np.bool_), asked)
+
+
+def _known(
+    data: Corpus, split: Split, users: Ints, bottom: NDArray[np.bool_], top: NDArray[np.bool_], most: int
+) -> Asked:
+    """The test items of users that are trained on: of each group the first `most` of `users` [n]."""
+    truth = split.test[users]
+    groups = {"all": np.ones(len(users), np.bool_), "warm items": top[truth], "cold items": bottom[truth]}
+    first = {name: held & (held.cumsum() <= (most or len(users))) for name, held in groups.items()}
+    asked = Asked(users, split.before_test().take(users), _candidates(data, users, truth, SPLIT_SEED), first)
+    return asked.of(list(groups))
+
+
+def _cold(data: Corpus, users: Ints, most: int) -> Asked:
+    """The third event of users that are left out."""
+    first = data.histories.indptr[users]
+    before = Sequences(2 * np.arange(len(users) + 1), data.histories.items[first[:, None] + np.arange(2)].reshape(-1))
+    asked = _candidates(data, users, data.histories.items[first + 2], SPLIT_SEED + 1)
+    return Asked(users, before, asked, {"cold users": np.arange(len(users)) < (most or len(users))}).of(["cold users"])
+
+
+def _candidates(data: Corpus, users: Ints, truth: Ints, seed: int) -> Ints:
+    """[n, 20]. Neither what a user has had nor what the user gets later is a wrong answer.
+
+    Drawn for all users, so that a question is the same however many are asked.
+    """
+    return candidates(truth, data.histories.take(users), len(data.titles), _NEGATIVES, seed)
+
+
+def _behind(a: Asked, b: Asked) -> Asked:
+    """The questions of both."""
+    histories = Sequences(
+        np.concatenate([a.histories.indptr, a.histories.indptr[-1] + b.histories.indptr[1:]]),
+        np.concatenate([a.histories.items, b.histories.items]),
+    )
+    of_a = {name: np.concatenate([held, np.zeros(len(b.users), np.bool_)]) for name, held in a.groups.items()}
+    of_b = {name: np.concatenate([np.zeros(len(a.users), np.bool_), held]) for name, held in b.groups.items()}
+    users, choice = np.concatenate([a.users, b.users]), np.concatenate([a.candidates, b.candidates])
+    return Asked(users, histories, choice, of_a | of_b)
 
 
 def examples(division: Division, backbone: Backbone) -> Examples:

@@ -97,7 +97,7 @@ class Parts:
     def _part(
         self, kind: str, made_of: list[Any], under: list[Part], make: Callable[[Checkpoints], dict[str, bytes]]
     ) -> Part:
-        facts = [self.corpus.digest, *made_of, *(part.key for part in under)]
+        facts = [*made_of, *(part.key for part in under)]
         key = identity([kind, facts])[:16]
         folder, before = self.folder / f"{kind}-{key}", Cost()
         for part in under:
@@ -122,7 +122,7 @@ class Parts:
         """The CF model, trained until its validation items are not ranked better any more."""
         kind = options.backbone
         sizes = [options.dimension, options.cf_epochs, options.cf_patience]
-        made_of = [kind, *sizes, self.seed, identity([], *self._trained_on())]
+        made_of = [kind, *sizes, self.seed, len(self.corpus.titles), identity([], *self._trained_on())]
 
         def make(checkpoints: Checkpoints) -> dict[str, bytes]:
             if kind in cf_model.ENGINES:
@@ -175,15 +175,15 @@ class Parts:
         return best[2]
 
     def texts(self, options: Options, corpus: Corpus | None = None, adapted: Part | None = None) -> tuple[Matrix, Part]:
-        """[I, width]: the titles' embeddings, of this corpus or another one, perhaps with trained adapters."""
+        """[I, width]: embeddings of the texts of this corpus or another one, perhaps with trained adapters."""
         corpus = corpus or self.corpus
-        made_of = [model_of(options.text_model).identity, _TEXT_TOKENS, corpus.digest]
+        made_of = [model_of(options.text_model).identity, _TEXT_TOKENS, identity(corpus.texts)]
 
         def make(checkpoints: Checkpoints) -> dict[str, bytes]:
             encoder = self._encoder(options)
             if adapted:
                 lora.merge(encoder, adapted.files)
-            return {"texts.safetensors": safetensors.numpy.save({"texts": encoder.encode(corpus.titles)})}
+            return {"texts.safetensors": safetensors.numpy.save({"texts": encoder.encode(corpus.texts)})}
 
         part = self._part("texts", made_of, [adapted] if adapted else [], make)
         return safetensors.numpy.load(part.files["texts.safetensors"])["texts"], part
@@ -235,7 +235,7 @@ class Parts:
             return learn(joint, FrozenTexts(texts), how, 0, checkpoints)
 
         made_of = [options.match, options.reconstruction, options.recommendation, options.text_recommendation]
-        made_of += [options.deep, options.alignment_epochs, self.seed]
+        made_of += [options.deep, options.alignment_epochs, beta, self.seed]
         aligned = self._part("alignment", made_of, [below, encoded], make)
         if not options.tuned:
             return allmrec_alignment.load(aligned.files), aligned, None
@@ -246,7 +246,7 @@ class Parts:
             joint = allmrec_alignment.load(aligned.files)
             longer = replace(how, epochs=options.tuned_epochs, patience=options.tuned_epochs)
             most = options.tuned_users or len(self.division.split.train)
-            found = learn(joint, lora.LoraTexts(encoder, self.corpus.titles), longer, most, checkpoints)
+            found = learn(joint, lora.LoraTexts(encoder, self.corpus.texts), longer, most, checkpoints)
             return {**found, **lora.dump(encoder)}
 
         tuned = self._part("tuned", [options.tuned_epochs, options.tuned_users], [aligned], tune)
@@ -289,6 +289,7 @@ class Parts:
 
         made_of = [known, options.user, options.items, options.random_joint, options.train_users, options.epochs]
         made_of += [options.history, options.title_tokens, options.learning_rate, options.dtype, self.seed]
+        made_of += [self.corpus.name, identity(self.corpus.titles, self.division.text_side)]
         trained = self._part("reader", made_of, [part], make)
         reader.projections = allmrec_projections.load(trained.files).to(reader.device)
         return reader, joint, trained
