@@ -25,8 +25,8 @@ FILES = ("model.safetensors", "config.json")
 Fit = Callable[[Staging, Checkpoints], dict[str, Any]]
 
 
-def conf_digest(section: BaseModel, seed: int, without: set[str] | None = None) -> str:
-    """Hash of the settings that decide a part, beside what it stands on."""
+def conf_digest(section: BaseModel, seed: int, without: Any = None) -> str:
+    """Hash of the settings that decide a part, beside what it stands on. `without`: fields to leave out, as pydantic has it."""
     body = json.dumps([section.model_dump(mode="json", exclude=without), seed], sort_keys=True)
     return hashlib.sha256(body.encode()).hexdigest()[:16]
 

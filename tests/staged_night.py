@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from jobs.run import Run
+from jobs import cf, refresh
+from jobs.run import OUTPUTS, Run, execute
 from jobs.settings import Settings
 from schemas.table import table as schema
 
@@ -62,11 +63,13 @@ def snapshot(
             for i, x in enumerate(items)
         ],
     )
+    order = np.random.default_rng(1).permutation(len(pairs)).tolist()
     write(
         "training_interactions",
         [
             {"user_id": u, "item_id": x, "user_idx": user_idx[u], "item_idx": item_idx[x], "weight": w, "events": 1}
-            for (u, x), w in pairs.items()
+            | {"last_seq": seq}
+            for ((u, x), w), seq in zip(pairs.items(), order, strict=True)
         ],
     )
     digest = hashlib.sha256(repr(sorted(pairs.items())).encode()).hexdigest()
@@ -76,6 +79,46 @@ def snapshot(
         rows = {"text_sha256": [f"sha-{x}" for x in texts], "model_version": ["encoder"] * len(texts)}
         run.lake.commit("text_embeddings", pa.table({**rows, "embedding": vectors}), app=run.run_id)
         run.staging("text_embeddings").complete({"model_version": "encoder"})
+
+
+def refreshed(
+    run: Run,
+    pairs: dict[Pair, float],
+    sampled: dict[str, list[tuple[str, float]]],
+    cold: tuple[str, ...] = (),
+    texts: dict[str, list[float]] | None = None,
+) -> tuple[dict[str, Any], cf.Space]:
+    """Run cf and refresh on staged tables: facts of refresh, and the night's space of stage cf.
+
+    `sampled`: FilterLLM's users of cold items, with their probabilities.
+    """
+    snapshot(run, pairs, cold, texts)
+    chosen = execute(run, "cf", cf.run)
+    run.staging("filterllm_train").complete({"model_version": "m1", "space_version": chosen["space_version"]})
+    rows = [
+        {"item_id": item, "user_id": user, "rank": rank, "probability": p, "propensity": "top_k"}
+        for item, users in sampled.items()
+        for rank, (user, p) in enumerate(users, 1)
+    ]
+    contract = schema("sampled_interactions")
+    names = ("item_id", "user_id", "rank", "probability", "propensity")
+    columns = {name: pa.array([r[name] for r in rows], contract.column(name).arrow_type) for name in names}
+    scored = run.staging("filterllm_score")
+    scored.write("sampled", pa.table(columns))
+    scored.complete({"model_version": "m1", "items": len(sampled), "rows": len(rows)})
+    return execute(run, "refresh", refresh.run), cf.load_space(run, chosen["space_version"])
+
+
+def publish(run: Run) -> None:
+    """Commit what stage refresh left as the stage `publish` does: tables, then the row of `runs`."""
+    staged = run.staging("refresh")
+    versions = {
+        name: run.lake.commit(
+            name, staged.read(name), app=f"{name}/{run.run_date}", replace={"refresh_date": run.run_date}
+        )
+        for name in OUTPUTS
+    }
+    run.record("publish", {"space_version": staged.facts()["space_version"]}, 0.0, versions)
 
 
 def blocks(n_blocks: int = 3, n_users: int = 8, n_items: int = 6, seed: int = 0) -> dict[Pair, float]:

@@ -15,7 +15,7 @@ import pytest
 from jobs import allmrec_alignment, cf, cf_start, refresh
 from jobs.run import OUTPUTS, Run, execute
 from schemas.table import table as schema
-from tests.staged_night import Pair, blocks, run_of, snapshot
+from tests.staged_night import Pair, blocks, publish, refreshed, run_of, snapshot
 from udfs.fold_in import fold_in, gram
 from udfs.vectors import from_column
 
@@ -35,21 +35,7 @@ def _night(
     texts: dict[str, list[float]] | None = None,
 ) -> tuple[dict[str, Any], dict[str, pa.Table], cf.Space]:
     """Run cf and refresh on staged tables: facts, the output tables, and the night's space of stage cf."""
-    snapshot(run, pairs, cold, texts)
-    chosen = execute(run, "cf", cf.run)
-    run.staging("filterllm_train").complete({"model_version": "m1", "space_version": chosen["space_version"]})
-    rows = [
-        {"item_id": item, "user_id": user, "rank": rank, "probability": p, "propensity": "top_k"}
-        for item, users in sampled.items()
-        for rank, (user, p) in enumerate(users, 1)
-    ]
-    contract = schema("sampled_interactions")
-    names = ("item_id", "user_id", "rank", "probability", "propensity")
-    columns = {name: pa.array([r[name] for r in rows], contract.column(name).arrow_type) for name in names}
-    scored = run.staging("filterllm_score")
-    scored.write("sampled", pa.table(columns))
-    scored.complete({"model_version": "m1", "items": len(sampled), "rows": len(rows)})
-    facts = execute(run, "refresh", refresh.run)
+    facts, space = refreshed(run, pairs, sampled, cold, texts)
     tables = {name: run.staging("refresh").read(name) for name in OUTPUTS}
     for name, table in tables.items():
         assert table.schema == schema(name).arrow_schema, name
@@ -65,19 +51,7 @@ def _night(
         assert list(zip(*(table[c].to_pylist() for c in key[:1]), strict=True)) == sorted(
             zip(*(table[c].to_pylist() for c in key[:1]), strict=True)
         )
-    return facts, tables, cf.load_space(run, chosen["space_version"])
-
-
-def _publish(run: Run) -> None:
-    """Commit what the stage left as the stage `publish` does: tables, then the row of `runs`."""
-    staged = run.staging("refresh")
-    versions = {
-        name: run.lake.commit(
-            name, staged.read(name), app=f"{name}/{run.run_date}", replace={"refresh_date": run.run_date}
-        )
-        for name in OUTPUTS
-    }
-    run.record("publish", {"space_version": staged.facts()["space_version"]}, 0.0, versions)
+    return facts, tables, space
 
 
 def _by_id(table: pa.Table) -> dict[str, dict[str, Any]]:
@@ -226,7 +200,7 @@ def test_refresh_users_cuts_what_is_used_not_what_is_published(tmp_path: Path) -
 def test_the_next_night(tmp_path: Path) -> None:
     first = run_of(tmp_path, DAY, cf=BPR)
     _night(first, blocks(), SAMPLED, cold=("new-0", "new-1"))
-    _publish(first)
+    publish(first)
     published = _by_id(first.lake.read("item_embeddings"))
 
     pairs = {pair: w for pair, w in blocks().items() if pair[0] != "u2-7"}  # a user is deleted
@@ -267,10 +241,10 @@ def test_the_next_night(tmp_path: Path) -> None:
 def test_nothing_is_carried_over_from_another_space_or_a_later_night(tmp_path: Path) -> None:
     later = run_of(tmp_path, date(2026, 3, 5), 1, cf=BPR)
     _night(later, blocks(), SAMPLED, cold=("new-0", "new-1"))
-    _publish(later)
+    publish(later)
     earlier = run_of(tmp_path, date(2026, 2, 1), 2, cf={**BPR, "weight_decay": 0.01})
     _night(earlier, blocks(), SAMPLED, cold=("new-0", "new-1"))
-    _publish(earlier)
+    publish(earlier)
     run = run_of(tmp_path, DAY, 3, cf=BPR)
     snapshot(run, blocks())
     execute(run, "cf", cf.run)  # the space of this night does not know new-0, which has become warm since

@@ -21,6 +21,7 @@ GATED = {
     "item_embeddings",
     "user_embeddings",
     "space",
+    "recommendations",
 }
 
 

@@ -140,3 +140,60 @@ def lineage(table: pa.Table, columns: list[str]) -> pd.DataFrame:
     if "refresh_date" in frame:
         frame["refresh_date"] = [None if d is None else str(d) for d in frame["refresh_date"]]
     return frame
+
+
+def recommended_by_user(rows: pa.Table, served: pa.Array, items: pa.ChunkedArray, history: pa.Table) -> pd.DataFrame:
+    """One row a user of `rows` (user_id, item_id, rank, score).
+
+    Args:
+        served: users who are to have rows; items: those that may be recommended; history: pairs (user_id, item_id).
+
+    Returns:
+        user_id, known (is it in `served`), rows, incomplete (rows with a null), repeated (rows whose item the user has
+        already), unknown_items, had_before (rows whose pair is in `history`), first_rank, holes (of the ranks up to the last
+        one those that are absent, and ranks that stand twice), not_finite (scores), rises (how often the score grows with the
+        rank).
+    """
+    user, user_ids = _codes(rows["user_id"])
+    item, item_ids = _codes(rows["item_id"])
+    n, width = len(user_ids), max(len(item_ids), 1)
+    rank, score = _float(rows["rank"]), _float(rows["score"])
+    incomplete = np.zeros(len(user), dtype=bool)
+    for name in ("user_id", "item_id", "rank", "score"):
+        incomplete |= np.asarray(pc.is_null(rows[name]).to_numpy(), dtype=bool)
+    stranger = ~known(item_ids, items)[item] if len(item_ids) else np.zeros(0, dtype=bool)
+    of_user, of_item = (
+        pc.fill_null(pc.index_in(history[name], value_set=ids), -1).to_numpy().astype(np.int64)
+        for name, ids in (("user_id", user_ids), ("item_id", item_ids))
+    )
+    both = (of_user >= 0) & (of_item >= 0)
+    keys = user * width + item
+    had = np.isin(keys, of_user[both] * width + of_item[both])
+
+    def count(mask: np.ndarray) -> np.ndarray:
+        return np.bincount(user, weights=mask, minlength=n).astype(np.int64)
+
+    total = np.bincount(user, minlength=n)
+    first, last = _extremes(rank, user, n)
+    order = np.lexsort((rank, user))
+    same = user[order][1:] == user[order][:-1]
+    twice = same & (rank[order][1:] == rank[order][:-1])
+    grows = same & (score[order][1:] > score[order][:-1])
+    repeated_ranks, rises = (
+        np.bincount(user[order][1:], weights=mask, minlength=n).astype(np.int64) for mask in (twice, grows)
+    )
+    return pd.DataFrame(
+        {
+            "user_id": user_ids.to_pandas().astype(object),
+            "known": known(user_ids, served),
+            "rows": total,
+            "incomplete": count(incomplete),
+            "repeated": total - np.bincount(np.unique(keys) // width, minlength=n),
+            "unknown_items": count(stranger),
+            "had_before": count(had),
+            "first_rank": first,
+            "holes": last - total + 2 * repeated_ranks,
+            "not_finite": count(~np.isfinite(score)),
+            "rises": rises,
+        }
+    )

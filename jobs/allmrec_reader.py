@@ -1,0 +1,151 @@
+"""A-LLMRec's second stage on a night (arXiv 2404.11343, section 4.2): the projections of a reader, as an artifact.
+
+A reader (`_artifacts/readers/<version>`) belongs to one alignment, one language model and the settings. It learns from users
+the last item of whose history is what the model has to find; x_u is what CF makes of the user without it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from jobs import allmrec_alignment, allmrec_artifacts, cf, text_embeddings
+from jobs.allmrec_backbone import Side
+from jobs.allmrec_night import Mask, Night, prefixes, renumbered
+from jobs.allmrec_settings import AllmrecReader
+from jobs.run import Run, log
+from jobs.staging import Staging
+from udfs import allmrec_projections, allmrec_reader_training
+from udfs.allmrec_actor import LanguageModel
+from udfs.allmrec_examples import AllmrecError, Examples
+from udfs.allmrec_prompt import DOMAINS, PromptOptions
+from udfs.filterllm_checkpoint import Checkpoints
+from udfs.model_files import default_cache
+from udfs.sequences import Ints, Sequences
+from udfs.vectors import Matrix
+
+KIND = "readers"
+# Not of what is computed, but of how.
+_MEANS = {"shard_users", "batch_tokens"}
+_OPTIONS = ("epochs", "batch_size", "negatives", "optimizer", "learning_rate", "weight_decay")
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """The night's items as a prompt names them.
+
+    joint: [I, joint]. known: [I], items that have a joint vector. by_text: [I], those whose vector is q_i, the text side: cold
+    ones, and those that CF does not know; otherwise it is e_i.
+    """
+
+    joint: Matrix
+    known: Mask
+    by_text: Mask
+
+    def histories(self, histories: Sequences) -> Sequences:
+        """The same histories without items that have no joint vector."""
+        return renumbered(histories, np.where(self.known, np.arange(len(self.known)), -1))[0]
+
+
+def language_model(conf: AllmrecReader) -> LanguageModel:
+    """The causal language model that the settings name."""
+    return LanguageModel(conf.model, conf.sha256, conf.dtype, conf.batch_tokens, str(default_cache()))
+
+
+def prompt_options(conf: AllmrecReader) -> PromptOptions:
+    """What the settings have a prompt say."""
+    return PromptOptions(DOMAINS[conf.domain], conf.history, conf.title_tokens, conf.user, conf.items)
+
+
+def spoken(run: Run, night: Night, alignment: str, side: Side) -> Spoken:
+    """The items by alignment `alignment`; `side` holds the vectors of those that CF knows."""
+    by_text = night.with_text & (night.cold | ~side.known)
+    model = allmrec_alignment.load(run, alignment)
+    encoder_version = run.artifact(allmrec_alignment.KIND, alignment).facts()["encoder_version"]
+    texts = np.zeros((len(by_text), model.config.width), np.float32)
+    if by_text.any():
+        shas = night.texts.filter(pa.array(by_text)).to_pylist()
+        texts[by_text] = text_embeddings.load(run, shas, encoder_version)
+    return Spoken(model.joint(side.items, texts, by_text), by_text | side.known, by_text)
+
+
+def find(run: Run, night: Night, alignment: str, side: Side, items: Spoken) -> str:
+    """The newest reader of this alignment and language model, or one that is trained now; its version.
+
+    Raises:
+        AllmrecError: nobody's history can be learnt from, or a prompt is too long for the model.
+        udfs.model_files.ModelError: the language model is missing, or is none.
+    """
+    conf, seed = run.settings.allmrec.reader, run.settings.seed
+    identity = {
+        "alignment_version": alignment,
+        "language_model": language_model(conf).resolve()[1],
+        "conf": allmrec_artifacts.conf_digest(conf, seed, _MEANS),
+    }
+    version = allmrec_artifacts.newest(run, KIND, identity)
+    if version is not None:
+        return version
+    pool = np.flatnonzero(items.known & ~items.by_text & ~night.cold)
+    examples = _examples(night, side, items, pool, conf, seed)
+
+    def fit(artifact: Staging, checkpoints: Checkpoints) -> dict[str, Any]:
+        return _fit(run, night, items, pool, examples, artifact, checkpoints)
+
+    arrays: list[np.ndarray] = [items.joint, pool, *examples.arrays()]
+    return allmrec_artifacts.train(run, KIND, identity, night.titles, arrays, fit)
+
+
+def _examples(night: Night, side: Side, items: Spoken, pool: Ints, conf: AllmrecReader, seed: int) -> Examples:
+    """At most conf.examples users: the last item is the positive, what was before it is the history."""
+    histories = night.histories
+    last = histories.items[histories.indptr[1:] - 1]  # the snapshot has no user without an item
+    in_pool = np.isin(np.arange(len(items.known)), pool)
+    before = histories.lengths - 1
+    mine = np.bincount(histories.rows, in_pool[histories.items], minlength=len(histories))
+    usable = side.users_known & in_pool[last] & (before >= max(1, side.least)) & (len(pool) - mine > conf.negatives)
+    rows = np.flatnonzero(usable)
+    if not len(rows):
+        raise AllmrecError(
+            f"the reader has nothing to learn from: of {len(histories)} users {int((before >= 1).sum())} have two items or "
+            f"more, and none of them has a warm last item that can stand among {conf.negatives} others of {len(pool)}; "
+            "lower allmrec.reader.negatives, or take more interactions"
+        )
+    drawn = np.random.Generator(np.random.Philox(seed)).permutation(len(rows))[: conf.examples]
+    rows = rows[np.sort(drawn)]
+    x = side.before(rows, before[rows])
+    asked, _ = prefixes(histories, rows, before[rows])
+    return Examples(x, items.histories(asked), last[rows], histories.take(rows))
+
+
+def _fit(
+    run: Run,
+    night: Night,
+    items: Spoken,
+    pool: Ints,
+    examples: Examples,
+    artifact: Staging,
+    checkpoints: Checkpoints,
+) -> dict[str, Any]:
+    conf, seed = run.settings.allmrec.reader, run.settings.seed
+    log(f"[allmrec] training a reader on {len(examples)} users, in the order of {night.order}, with {conf.model}")
+    reader = language_model(conf).reader(None, cf.params(run.settings).torch_device())
+    values = conf.model_dump()
+    options = allmrec_reader_training.Options(
+        **{name: values[name] for name in _OPTIONS}, patience=conf.epochs, seed=seed
+    )
+    found = allmrec_reader_training.train(
+        reader,
+        reader.catalogue(night.titles, items.joint, prompt_options(conf)),
+        examples,
+        pool,
+        options,
+        lambda line: log(f"[allmrec] reader: {line}"),
+        checkpoints=checkpoints,
+    )
+    assert reader.projections is not None  # training made them
+    allmrec_artifacts.write(artifact, allmrec_projections.dump(reader.projections))
+    loss = found.pop("history")[-1]["loss"]
+    return {"examples": len(examples), "order": night.order, "loss": loss, **found}

@@ -1,0 +1,316 @@
+"""Recommendations as a batch job: a small night, a real language model, Ray, Delta and Great Expectations."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+import yaml
+
+from jobs import allmrec_alignment, allmrec_backbone, allmrec_night, allmrec_reader, item_index, recommend
+from jobs.expectations import GateError
+from jobs.lake import Lake
+from jobs.published import NotPublishedError
+from jobs.recommend import Asked
+from jobs.run import Run
+from jobs.settings import Settings
+from jobs.staging import Staging
+from schemas.table import table as schema
+from tests import nights, staged_night, word_llm
+from tests.test_refresh import BPR, SAMPLED
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DAY = date(2026, 3, 1)
+COLD = ("new-0", "new-1")
+PAIRS = {**staged_night.blocks(), ("loner", "no-text"): 1.0}
+Done = tuple[Run, dict[str, Any], Path]
+ASKED = Asked([*(f"u{b}-{u}" for b in range(3) for u in range(3)), "u0-0", "nobody", "loner"], candidates=7, top=5)
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    items = sorted({item for _, item in PAIRS} | set(COLD))
+    titles = [item.replace("-", " - ") for item in items]
+    return word_llm.build(tmp_path_factory.mktemp("model"), titles)
+
+
+def night(lake: Path, language_model: Path, **allmrec: Any) -> Run:
+    """A published night: users of a block buy its items, whose texts say the block; `loner` is tied to nobody."""
+    reader = {
+        "model": str(language_model), "epochs": 30, "learning_rate": 1e-2, "batch_size": 8, "negatives": 4,
+        "history": 3, "title_tokens": 4, "shard_users": 3,
+    }  # fmt: skip
+    alignment = {"epochs": 15, "patience": 15, "learning_rate": 1e-2, "stop_by": "loss", "joint": 16}
+    sections = {"reader": reader, "alignment": alignment, **allmrec}
+    run = staged_night.run_of(lake, DAY, cf=BPR, snapshot={"warm_interactions": 2}, allmrec=sections)
+    texts = {item: np.eye(5)[int(item[1])].tolist() for item in sorted({i for _, i in staged_night.blocks()})}
+    texts |= {item: np.eye(5)[n].tolist() for n, item in enumerate(COLD)}
+    staged_night.refreshed(run, PAIRS, SAMPLED, (*COLD, "no-text"), texts)
+    staged_night.publish(run)
+    refreshed = run.staging("refresh")
+    item_index.export(run, refreshed.read("item_embeddings"), refreshed.read("user_embeddings"))
+    return run
+
+
+def rows_of(lake: Lake, run_id: str) -> list[dict[str, Any]]:
+    """What a run left in the table, by user and rank."""
+    table = lake.read("recommendations", run_id=run_id)
+    return table.sort_by([("user_id", "ascending"), ("rank", "ascending")]).to_pylist()
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, language_model: Path) -> Done:
+    """A night, the job on it that nothing disturbed, and the same night where the job has not run, with what it trained."""
+    folder = tmp_path_factory.mktemp("lakes")
+    run = night(folder / "lake", language_model)
+    shutil.copytree(folder / "lake", folder / "other")
+    summary = recommend.recommend(run.settings, DAY, ASKED)
+    for kind in ("alignments", "readers"):
+        shutil.copytree(folder / "lake" / "_artifacts" / kind, folder / "other" / "_artifacts" / kind)
+    return run, summary, folder / "other"
+
+
+def test_users_get_unseen_items_of_their_own_kind_cold_ones_among_them(done: Done) -> None:
+    run, summary, _ = done
+    rows = rows_of(run.lake, summary["run_id"])
+    assert summary["users"] == {
+        "asked": 12,
+        "served": 9,
+        "rejected": {"duplicate": 1, "no_vector": 1, "unknown_user": 1},
+    }
+    assert summary["rows"] == len(rows) == 9 * 5
+    published = {r["item_id"]: r for r in run.staging("refresh").read("item_embeddings").to_pylist()}
+    users = {r["user_id"]: np.array(r["embedding"]) for r in run.staging("refresh").read("user_embeddings").to_pylist()}
+    for user in sorted(set(ASKED.users) - {"nobody", "loner"}):
+        own = [r for r in rows if r["user_id"] == user]
+        assert [r["rank"] for r in own] == [1, 2, 3, 4, 5]
+        scores = [r["score"] for r in own]
+        assert scores == sorted(scores, reverse=True)
+        assert not {(user, r["item_id"]) for r in own} & set(PAIRS)
+        # The candidates are the nearest items by the published vectors that the user has not had.
+        exact = {
+            i: float(users[user] @ np.array(r["embedding"])) for i, r in published.items() if (user, i) not in PAIRS
+        }
+        best = sorted(exact, key=lambda i: -exact[i])[: ASKED.candidates]
+        for r in own:
+            assert best[r["candidate_rank"] - 1] == r["item_id"]
+            assert r["retrieval_score"] == pytest.approx(exact[r["item_id"]], abs=1e-5)
+            assert r["source"] == published[r["item_id"]]["source"]
+    kinds = {item: {"new-0": "0", "new-1": "1"}.get(item, item[1]) for item in published}
+    own = {user: [kinds[r["item_id"]] == user[1] for r in rows if r["user_id"] == user] for user in users}
+    assert {r["source"] for r in rows} == {"cf", "sampled"}
+    first = [marks[0] for marks in own.values() if marks]
+    assert np.mean(first) > 0.7, own
+    assert summary["cold_rows"] == sum(r["item_id"] in COLD for r in rows) > 0
+    for name, value in (("run_id", summary["run_id"]), ("published_run_id", run.run_id), ("generated", None)):
+        assert {r[name] for r in rows} == {value}
+    assert {r["model_version"] for r in rows} == {summary["model_version"]}
+
+
+def test_who_cannot_be_served_is_rejected_with_the_reason(done: Done) -> None:
+    run, summary, _ = done
+    rejected = run.lake.read("rejected_rows").to_pylist()
+    mine = {(r["key"], r["reason"], r["rows"]) for r in rejected if r["run_id"] == summary["run_id"]}
+    assert mine == {("u0-0", "duplicate", 1), ("nobody", "unknown_user", 1), ("loner", "no_vector", 1)}
+
+
+KILL = """
+import os, sys
+from jobs import recommend
+from jobs.staging import Staging
+
+complete, done = Staging.complete, []
+
+def counted(self, facts):
+    if "/shards/" in self.uri:
+        done.append(self.uri)
+        if len(done) == 2:
+            os._exit(9)
+    complete(self, facts)
+
+Staging.complete = counted
+sys.exit(recommend.main(sys.argv[1:]))
+"""
+
+
+def test_killed_amid_the_shards_and_started_again_the_table_is_the_same(
+    done: Done, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, expected, lake = done
+    conf, users = tmp_path / "conf.yaml", tmp_path / "users.txt"
+    settings = {**before.settings.model_dump(mode="json"), "lake": str(lake)}
+    conf.write_text(yaml.safe_dump(settings))
+    users.write_text("\n".join(reversed(ASKED.users)) + "\n\n")
+    command = ["--conf", str(conf), "--run-date", str(DAY), "--users", str(users), "--candidates", "7", "--top", "5"]
+    options: dict[str, Any] = {"cwd": nights.REPOSITORY, "capture_output": True, "text": True, "timeout": 300}
+    options["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run([sys.executable, "-c", KILL, *command], **options)
+    assert killed.returncode == 9, killed.stderr[-3000:]
+    tables = Lake(str(lake))
+    assert not tables.exists("recommendations")
+    assert recommend.main(command) == 0
+    said = capsys.readouterr()
+    assert "1 of 3 shards are complete already" in said.err
+    assert "training" not in killed.stderr + said.err  # the alignment and the reader were there
+    summary = json.loads(said.out.splitlines()[-1])
+    same = ("run_id", "users", "rows", "model_version", "output_versions")
+    assert {name: summary[name] for name in same} == {name: expected[name] for name in same}
+    found, first = rows_of(tables, summary["run_id"]), rows_of(before.lake, summary["run_id"])
+    assert len(found) == len(first)
+    for one, two in zip(found, first, strict=True):
+        assert {k: v for k, v in one.items() if k != "score"} == {k: v for k, v in two.items() if k != "score"}
+        assert one["score"] == pytest.approx(two["score"], abs=1e-5)
+    assert not Staging(f"{lake}/_staging/{summary['run_id']}/shards").children()
+    version = tables.version("recommendations")
+    assert recommend.main(command) == 0
+    assert "finished: nothing is recomputed" in capsys.readouterr().err
+    assert tables.version("recommendations") == version
+
+
+def _with_history(table: pa.Table) -> pa.Table:
+    user = table["user_id"][0].as_py()
+    had = next(item for owner, item in PAIRS if owner == user)
+    return table.set_column(2, table.schema.field(2), pa.array([had, *table["item_id"].to_pylist()[1:]]))
+
+
+def _with_hole(table: pa.Table) -> pa.Table:
+    return table.filter(pc.not_equal(table["rank"], 2))
+
+
+def _without_score(table: pa.Table) -> pa.Table:
+    at = table.schema.get_field_index("score")
+    return table.set_column(at, table.schema.field(at), pa.array([float("nan")] * table.num_rows))
+
+
+def _twice(table: pa.Table) -> pa.Table:
+    return pa.concat_tables([table, table.slice(0, 1)])
+
+
+OTHERS = Asked(["u1-1", "u2-0", "nobody"], 7, 5, generate=True)
+
+
+def test_a_gate_that_fails_writes_nothing_and_mended_the_run_goes_on(
+    done: Done, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, summary, _ = done
+    before = {name: run.lake.version(name) for name in ("recommendations", "rejected_rows", "runs")}
+    score = recommend.recommend_shards.score
+    for broken, rule in (
+        (_with_history, "nobody is recommended what is in the history"),
+        (_with_hole, "ranks have no holes"),
+        (_without_score, "scores are finite"),
+        (_twice, "a user has an item once"),
+        (lambda table: table.slice(5), "every user who can be served is"),
+    ):
+        monkeypatch.setattr(recommend.recommend_shards, "score", lambda *given, broken=broken: broken(score(*given)))
+        with pytest.raises(GateError, match=rule) as failed:
+            recommend.recommend(run.settings, DAY, OTHERS)
+        assert "Nothing was written to 'recommendations'" in str(failed.value)
+        assert {name: run.lake.version(name) for name in before} == before
+    monkeypatch.undo()
+    other = recommend.recommend(run.settings, DAY, OTHERS)
+    assert other["run_id"] != summary["run_id"]
+    assert other["model_version"] == summary["model_version"]  # nothing is trained again
+    mine, first = rows_of(run.lake, other["run_id"]), rows_of(run.lake, summary["run_id"])
+    assert [r["user_id"] for r in mine] == ["u1-1"] * 5 + ["u2-0"] * 5
+    assert all(isinstance(r["generated"], str) for r in mine)
+    # The same user gets the same, whoever else is asked for.
+    of = {r["rank"]: r for r in first if r["user_id"] == "u1-1"}
+    for r in mine[:5]:
+        assert r["item_id"] == of[r["rank"]]["item_id"]
+        assert r["score"] == pytest.approx(of[r["rank"]]["score"], abs=1e-4)
+
+
+def test_nobody_to_serve_is_no_failure(done: Done) -> None:
+    run, _, _ = done
+    summary = recommend.recommend(run.settings, DAY, Asked(["nobody", "loner"], 6, 5))
+    assert (summary["rows"], summary["users"]["served"]) == (0, 0)
+
+
+@pytest.mark.parametrize("kind", ["sasrec", "ncf"])
+def test_a_backbone_of_its_own_is_kept_and_read_by_the_ids_of_another_night(done: Done, kind: str) -> None:
+    settings = done[0].settings.model_dump(mode="json")
+    settings["allmrec"] |= {"backbone": kind, "model": {"epochs": 3, "dimension": 8, "max_length": 6}}
+    settings["allmrec"]["reader"] |= {"epochs": 1}
+    run = replace(done[0], settings=Settings.model_validate(settings))
+    found = allmrec_night.read(run.staging("snapshot"))
+    side = allmrec_backbone.trained(run, found)
+    artifact = run.artifact("backbones", side.version)
+    assert (artifact.facts()["kind"], artifact.facts()["items"], artifact.facts()["order"]) == (kind, 21, "seq")
+    alignment = allmrec_alignment.find(run, found, "encoder", side)
+    spoken = allmrec_reader.spoken(run, found, alignment, side)
+    assert found.item_ids.filter(pa.array(spoken.by_text)).to_pylist() == list(COLD)
+    assert spoken.known.all()
+    reader = allmrec_reader.find(run, found, alignment, side, spoken)
+    assert run.artifact("readers", reader).facts()["examples"] == 24
+    # Another night: users and items in other places, one of each that the backbone does not know.
+    later = replace(run, run_date=date(2026, 3, 4), run_id=f"20260304-{7:012x}")
+    pairs = {("a-stranger", "a-novelty"): 1.0, **{pair: w for pair, w in PAIRS.items() if pair[0] != "u0-0"}}
+    staged_night.snapshot(later, pairs, COLD)
+    another = allmrec_night.read(later.staging("snapshot"))
+    same = allmrec_backbone.trained(later, another)
+    assert same.version == side.version
+    at = allmrec_night.place(another.item_ids, found.item_ids)
+    np.testing.assert_array_equal(same.items[at >= 0], side.items[at[at >= 0]])
+    assert another.item_ids.filter(pa.array(~same.known)).to_pylist() == ["a-novelty"]
+    assert another.user_ids.filter(pa.array(~same.users_known)).to_pylist() == ["a-stranger"]
+    rows = np.flatnonzero(same.users_known)
+    if kind == "ncf":
+        of = allmrec_night.place(another.user_ids, found.user_ids)[rows]
+        np.testing.assert_array_equal(same.users(rows), side.users(of))
+    assert same.users(rows).shape == (len(rows), 8)
+    long_after = replace(later, run_date=date(2026, 3, 9))
+    assert allmrec_backbone.trained(long_after, another).version != side.version
+
+
+def test_what_cannot_be_used_is_named(done: Done, tmp_path: Path) -> None:
+    run, _, _ = done
+    with pytest.raises(
+        NotPublishedError, match="nothing is published of 2026-03-09; the newest before it is of 2026-03-01"
+    ):
+        recommend.recommend(run.settings, date(2026, 3, 9), ASKED)
+    with pytest.raises(recommend.RecommendError, match="no such file"):
+        recommend.read_users(str(tmp_path / "users.txt"))
+    (tmp_path / "users.txt").write_bytes(b"\n \n")
+    with pytest.raises(recommend.RecommendError, match="names nobody"):
+        recommend.read_users(str(tmp_path / "users.txt"))
+    (tmp_path / "users.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(recommend.RecommendError, match="not UTF-8"):
+        recommend.read_users(str(tmp_path / "users.txt"))
+
+
+@pytest.mark.parametrize(
+    ("times", "places", "order", "expected"),
+    [
+        ([3, 1, 2, None], [1, 2, 3, 4], "event_time", [3, 1, 2, 0]),
+        ([1, 1, 1, 1], [3, 1, None, 2], "event_time", [2, 1, 3, 0]),
+        ([None] * 4, [3, 1, 4, 2], "seq", [1, 3, 0, 2]),
+        ([None] * 4, [None] * 4, "item_id", [0, 1, 2, 3]),
+    ],
+)
+def test_histories_are_in_the_order_of_events(
+    tmp_path: Path, times: Any, places: Any, order: str, expected: list[int]
+) -> None:
+    run = staged_night.run_of(tmp_path, DAY)
+    staged_night.snapshot(run, {("u", f"i{n}"): 1.0 for n in range(4)})
+    pairs = run.staging("snapshot").read("training_interactions").sort_by("item_idx")
+    for name, values in (("last_time", times), ("last_seq", places)):
+        at = pairs.schema.get_field_index(name)
+        pairs = pairs.set_column(
+            at, name, pa.array(values, pa.int64()).cast(schema("training_interactions").column(name).arrow_type)
+        )
+    run.staging("snapshot").write("training_interactions", pairs.take(pa.array([2, 0, 3, 1])))
+    found = allmrec_night.read(run.staging("snapshot"))
+    assert (found.order, found.histories.items.tolist()) == (order, expected)
