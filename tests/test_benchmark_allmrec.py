@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -71,46 +72,61 @@ def test_every_row_is_measured_once(
 ) -> None:
     monkeypatch.setenv("COLD_REFRESH_DATA", str(shop))
     given = ("--dataset", "amazon-games", "--seeds", "7", "--few-shot", "16")
-    args = arguments(shop, tmp_path, *given)
+    args = arguments(shop, tmp_path, *given, "--scenarios", "all")
     result = allmrec.run(args)
-    found = {name: one[0] for name, one in result["results"]["amazon-games"].items()}
+    found = {name: one[0]["all"] for name, one in result["results"]["amazon-games"].items()}
     assert list(found) == [row.name for row in ROWS]
-    for name, by in found.items():
-        for one in by.values():
-            assert one["seconds"] >= 0
-            assert one["memory"] >= 0
-            for group, users in one["users"].items():
-                hit, ndcg, hr = (one["figures"][f"{group} {metric}"] for metric in allmrec_cells.METRICS)
-                assert 0 <= hit <= ndcg <= hr <= 1
-                assert 0 < users <= 8
-        groups = {group for one in by.values() for group in one["users"]}
-        expected = {"all", "warm items", "cold items"} | ({"cold users"} if name not in ID_MODELS else set())
-        learns = name not in (*ID_MODELS, "random", "popularity", "LLM only", "text encoder only")
-        expected |= {"few-shot 16"} if learns else set()
-        moves = learns and name not in ("SASRec", "GRU4Rec", "NextItNet")
-        expected |= {"cross-domain"} if moves or name in ("random", "LLM only", "text encoder only") else set()
-        assert groups == expected, name
+    for name, one in found.items():
+        known = {"all", "warm items", "cold items"}
+        assert set(one["users"]) == (known if name in ID_MODELS else known | {"cold users"})
+        check(one)
     titles = [table["title"] for table in result["tables"]]
     assert titles == [f"A-LLMRec on amazon-games: {metric} among 20" for metric in allmrec_cells.METRICS]
+    # What rows share is trained once, and what distinguishes them is not shared.
+    assert parts(tmp_path) == {"backbone": 6, "alignment": 12, "tuned": 12, "reader": 16}
 
-    # What rows share is trained once, and what distinguishes them is not shared: with few users there are no models of
-    # user numbers, and another domain needs no training.
-    parts = Counter(path.name.split("-")[0] for path in (tmp_path / "parts" / "amazon-games").iterdir())
-    del parts["texts"]
-    assert parts == {"backbone": 6 + 3, "alignment": 12 + 9, "tuned": 11 + 8, "reader": 15 + 12}
-    capsys.readouterr()
     monkeypatch.setattr(allmrec, "cell", lambda *given: pytest.fail("measured again"))
     assert allmrec.run(args) == result
     monkeypatch.setattr(allmrec, "cell", allmrec_cells.cell)
+    capsys.readouterr()
     shutil.rmtree(tmp_path / "results")
-    again = allmrec.run(arguments(shop, tmp_path, *given, "--rows", "A-LLMRec on NCF"))["results"]["amazon-games"]
-    assert again["A-LLMRec on NCF"][0]["all"]["figures"] == found["A-LLMRec on NCF"]["all"]["figures"]
-    # Another size of the test is another result, of the same parts.
-    again = allmrec.run(
-        arguments(shop, tmp_path, *given, "--rows", "SASRec", "--scenarios", "all", "--test-users", "0")
+    again = allmrec.run(arguments(shop, tmp_path, *given, "--scenarios", "all", "--rows", "A-LLMRec on NCF"))
+    assert (
+        again["results"]["amazon-games"]["A-LLMRec on NCF"][0]["all"]["figures"] == found["A-LLMRec on NCF"]["figures"]
     )
-    assert again["results"]["amazon-games"]["SASRec"][0]["all"]["users"]["all"] > 8
+    # Another size of the test is another result, of the same parts.
+    args = arguments(shop, tmp_path, *given, "--rows", "SASRec", "--scenarios", "all", "--test-users", "0")
+    assert allmrec.run(args)["results"]["amazon-games"]["SASRec"][0]["all"]["users"]["all"] > 8
     assert "epoch" not in capsys.readouterr().err
+
+    # Few users know no user by number; random, LLM and encoder learn nothing from them; CF knows no other domain.
+    few, across = "few-shot 16", "cross-domain"
+    applies = {
+        "random": {across}, "popularity": set(), "SASRec": {few}, "LightGCN": set(), "LLM only": {across},
+        "text encoder only": {across}, "stage 1 only": {few, across}, "A-LLMRec": {few, across}, "A-LLMRec on NCF": set(),
+    }  # fmt: skip
+    args = arguments(shop, tmp_path, *given, "--scenarios", "few-shot", "cross-domain", "--rows", *applies)
+    for name, seeded in allmrec.run(args)["results"]["amazon-games"].items():
+        assert {group for one in seeded[0].values() for group in one["users"]} == applies[name], name
+        for one in seeded[0].values():
+            check(one)
+    # Another domain needs no training.
+    assert parts(tmp_path) == {"backbone": 7, "alignment": 13, "tuned": 13, "reader": 17}
+
+
+def parts(work: Path) -> dict[str, int]:
+    kinds = Counter(path.name.split("-")[0] for path in (work / "parts" / "amazon-games").iterdir())
+    return {kind: count for kind, count in kinds.items() if kind != "texts"}
+
+
+def check(one: dict[str, Any]) -> None:
+    """A cell's figures lie where they can."""
+    assert one["seconds"] >= 0
+    assert one["memory"] >= 0
+    for group, users in one["users"].items():
+        hit, ndcg, hr = (one["figures"][f"{group} {metric}"] for metric in allmrec_cells.METRICS)
+        assert 0 <= hit <= ndcg <= hr <= 1
+        assert 0 < users <= 8
 
 
 def test_an_unknown_row_is_an_error(shop: Path, tmp_path: Path) -> None:

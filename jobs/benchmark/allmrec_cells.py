@@ -60,12 +60,12 @@ def cell(
     scores, before = _scores(options, parts, asked, other)
     found, scoring = measured(lambda: ranks(scores()))
     figures: dict[str, float] = {}
-    for name, rows in asked.groups.items():
-        own = found[rows]
+    users = {name: int(rows.sum()) for name, rows in asked.groups.items() if rows.any()}
+    for name in users:
+        own = found[asked.groups[name]]
         values = {"Hit@1": own == 0, "NDCG@10": ndcg(own, 10), "HR@10": own < 10}
-        figures |= {f"{name} {metric}": float(values[metric].mean()) if len(own) else 0.0 for metric in METRICS}
+        figures |= {f"{name} {metric}": float(values[metric].mean()) for metric in METRICS}
     cost = before + scoring
-    users = {name: int(rows.sum()) for name, rows in asked.groups.items()}
     return {
         "figures": figures,
         "users": users,

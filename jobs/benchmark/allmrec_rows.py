@@ -80,7 +80,7 @@ ROWS = (
     Row("text encoder only", {"ranker": "text"}),
     Row("stage 1 only", {"ranker": "stage 1"}),
     Row("stage 1 only, frozen encoder", {"ranker": "stage 1", "tuned": False}),
-    # L_rec of f_I^dec(q_i), which the paper does not have.
+    # text_recommendation, which the paper does not have: f_I^dec(q_i) itself learns to rank.
     Row("stage 1 only, frozen encoder, text taught to rank", {"ranker": "stage 1", "tuned": False, "text_recommendation": 1.0}),
     Row("A-LLMRec"),
     Row("without match", {"match": "none"}),
@@ -92,5 +92,6 @@ ROWS = (
     Row("random joint item", {"random_joint": True}),
     Row("InfoNCE", {"match": "infonce"}),
     Row("deep alignment", {"deep": True}),
+    Row("text taught to rank", {"text_recommendation": 1.0}),
     *(Row(f"A-LLMRec on {name}", {"backbone": kind}) for name, kind in _BACKBONES.items() if kind != "sasrec"),
 )  # fmt: skip
