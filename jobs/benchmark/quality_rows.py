@@ -48,6 +48,7 @@ ROWS = (
         "cold items where LLMInit puts them",
         ("cf.model=lightgcn", "cf.dimension=64", "cf.epochs=40", "cf.init=llminit", "refresh.cold=llminit"),
     ),
+    Row("cold items where A-LLMRec's alignment puts them", ("refresh.cold=allmrec",)),
     Row("LoRA", ("filterllm.lora=true", "filterllm.epochs=6")),
     Row("SmolLM2, last token", ("text.model=smollm2",)),
     Row("SmolLM2, mean", ("text.model=smollm2", "text.pooling=mean")),
