@@ -38,9 +38,12 @@ def for_space(run: Run, space: Space) -> str:
     Raises:
         AllmrecError: no warm item of the space has a text.
     """
-    night = allmrec_night.read(run.staging("snapshot"))
     encoder_version = str(run.staging("text_embeddings").facts()["model_version"])
-    return find(run, night, encoder_version, SpaceSide(night, space))
+    version = allmrec_artifacts.newest(run, KIND, _identity(run, space.version, encoder_version))
+    if version is None:  # only then are all pairs in memory
+        night = allmrec_night.read(run.staging("snapshot"))
+        version = find(run, night, encoder_version, SpaceSide(night, space))
+    return version
 
 
 def vectors(run: Run, version: str, shas: list[str]) -> Matrix:
@@ -62,8 +65,7 @@ def find(run: Run, night: Night, encoder_version: str, side: Side) -> str:
     Raises:
         AllmrecError: there is nothing to learn from.
     """
-    conf = allmrec_artifacts.conf_digest(run.settings.allmrec.alignment, run.settings.seed)
-    identity = {"cf_version": side.version, "encoder_version": encoder_version, "conf": conf}
+    identity = _identity(run, side.version, encoder_version)
     version = allmrec_artifacts.newest(run, KIND, identity)
     if version is not None:
         return version
@@ -80,6 +82,11 @@ def find(run: Run, night: Night, encoder_version: str, side: Side) -> str:
         *world.validation.arrays(),
     ]
     return allmrec_artifacts.train(run, KIND, identity, None, arrays, fit)
+
+
+def _identity(run: Run, cf_version: str, encoder_version: str) -> dict[str, str]:
+    conf = allmrec_artifacts.conf_digest(run.settings.allmrec.alignment, run.settings.seed)
+    return {"cf_version": cf_version, "encoder_version": encoder_version, "conf": conf}
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def read_users(uri: str) -> list[str]:
     with filesystem.open_input_stream(path) as stream:
         body = stream.read()
     try:
-        ids = [line.strip() for line in body.decode("utf-8").splitlines()]
+        ids = [line.strip() for line in body.decode("utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise RecommendError(f"--users {uri} is not UTF-8 ({error}): it must hold one user id a line") from error
     ids = [name for name in ids if name]
@@ -152,7 +152,7 @@ def _open(settings: Settings, night: Published, asked: Asked) -> tuple[Run, dict
 
 def _stage(run: Run, out: Staging, published_night: Published, row: dict[str, Any], asked: Asked) -> dict[str, Any]:
     before = replace(run, run_id=published_night.run_id)
-    night = allmrec_night.read(_snapshot(run, before, row))
+    night = allmrec_night.read(night_snapshot(run, before, row))
     log(f"[recommend] histories are in the order of {night.order}")
     encoded = before.staging("text_embeddings")
     encoder_version = (
@@ -204,8 +204,9 @@ def _stage(run: Run, out: Staging, published_night: Published, row: dict[str, An
     return facts
 
 
-def _snapshot(run: Run, before: Run, row: dict[str, Any]) -> Staging:
-    """The night's snapshot as it is staged; if that was removed, made again from the input versions that the night pinned.
+def night_snapshot(run: Run, before: Run, row: dict[str, Any]) -> Staging:
+    """The snapshot of the night `before` as it is staged; if that was removed, made again, for `run`, from the input versions
+    that the night pinned. `row`: the night's conf_hash and code_version.
 
     Raises:
         RecommendError: it would be another one, since the settings or the code are others.

@@ -87,7 +87,7 @@ class Run:
         return Staging(self.lake.path(f"_staging/{self.run_id}/{stage}"))
 
     def artifact(self, kind: str, name: str) -> Staging:
-        """A content-named result that outlives the run: kind `spaces` or `models`."""
+        """A content-named result that outlives the run: kind `spaces`, `models`, ..."""
         return Staging(self.lake.path(f"_artifacts/{kind}/{name}"))
 
     def record(self, stage: str, counts: dict[str, Any], seconds: float, output_versions: dict[str, int]) -> None:

@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,15 @@ import pyarrow.compute as pc
 import pytest
 import yaml
 
-from jobs import allmrec_alignment, allmrec_backbone, allmrec_night, allmrec_reader, item_index, recommend
+from jobs import (
+    allmrec_alignment,
+    allmrec_artifacts,
+    allmrec_backbone,
+    allmrec_night,
+    allmrec_reader,
+    item_index,
+    recommend,
+)
 from jobs.expectations import GateError
 from jobs.lake import Lake
 from jobs.published import NotPublishedError
@@ -237,6 +246,52 @@ def test_nobody_to_serve_is_no_failure(done: Done) -> None:
     run, _, _ = done
     summary = recommend.recommend(run.settings, DAY, Asked(["nobody", "loner"], 6, 5))
     assert (summary["rows"], summary["users"]["served"]) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "trainer"),
+    [("backbones", allmrec_backbone.sequence_training), ("readers", allmrec_reader.allmrec_reader_training)],
+)
+def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(
+    done: Done, monkeypatch: pytest.MonkeyPatch, kind: str, trainer: Any
+) -> None:
+    settings = done[0].settings.model_dump(mode="json")
+    settings["allmrec"] |= {"backbone": "sasrec", "model": {"epochs": 4, "dimension": 8}}
+    settings["allmrec"]["reader"] |= {"epochs": 4}
+    run = replace(done[0], settings=Settings.model_validate(settings))
+    found = allmrec_night.read(run.staging("snapshot"))
+
+    def part() -> str:
+        side = allmrec_backbone.trained(run, found)
+        if kind == "backbones":
+            return side.version
+        alignment = allmrec_alignment.find(run, found, "encoder", side)
+        return allmrec_reader.find(run, found, alignment, side, allmrec_reader.spoken(run, found, alignment, side))
+
+    version = part()
+    artifact, checkpoints = run.artifact(kind, version), run.artifact("checkpoints", version)
+    files = allmrec_artifacts.files(run, kind, version)
+    assert not checkpoints.children()
+    artifact.clear()
+    train, epochs = trainer.train, []
+
+    def killed(*given: Any, **options: Any) -> Any:
+        def log(line: str) -> None:
+            epochs.append(line)
+            if line.startswith("epoch 3/"):
+                raise KeyboardInterrupt
+
+        return train(*(log if isinstance(value, FunctionType) else value for value in given), **options)
+
+    monkeypatch.setattr(trainer, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        part()
+    assert not artifact.is_complete()
+    assert len(epochs) == 3
+    monkeypatch.undo()
+    assert part() == version
+    assert allmrec_artifacts.files(run, kind, version) == files
+    assert not checkpoints.children()
 
 
 @pytest.mark.parametrize("kind", ["sasrec", "ncf"])

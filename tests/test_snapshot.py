@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ import pyarrow as pa
 import pytest
 from deltalake import write_deltalake
 
-from jobs import snapshot
-from jobs.run import Run, open_run
+from jobs import allmrec_night, recommend, snapshot
+from jobs.run import Run, code_version, open_run
 from jobs.settings import Settings
 from jobs.staging import Staging
 from schemas.errors import ColdRefreshError, ContractError
@@ -249,3 +250,23 @@ def test_an_unreadable_version_is_named(spark: Any, tmp_path: Path) -> None:
         Lake(str(lake)).table("items", 99)
     assert issubclass(LakeError, ColdRefreshError)
     assert issubclass(ContractError, ColdRefreshError)
+
+
+def test_a_snapshot_that_was_removed_is_made_again_for_recommendations(spark: Any, tmp_path: Path) -> None:
+    run = _run(_lake(tmp_path, GOOD_EVENTS, GOOD_ITEMS))
+    _, out = _snapshot(run)
+    out.complete({})
+    before = allmrec_night.read(out)
+    row = {"conf_hash": run.conf_hash, "code_version": code_version()}
+    asking = replace(run, run_id=f"{DAY:%Y%m%d}-{1:012x}")
+    assert recommend.night_snapshot(asking, run, row) == out
+    out.clear()
+    write_deltalake(
+        str(tmp_path / "interactions"), _events([("u0", "a", BEFORE, 1.0)]), mode="append"
+    )  # not in the night
+    again = allmrec_night.read(recommend.night_snapshot(asking, run, row))
+    assert (again.user_ids, again.item_ids, again.titles) == (before.user_ids, before.item_ids, before.titles)
+    assert again.histories.items.tolist() == before.histories.items.tolist() == [0, 1, 1]
+    other = replace(asking, settings=run.settings.model_copy(update={"seed": 8}))
+    with pytest.raises(recommend.RecommendError, match=f"snapshot of the night {run.run_id} is gone"):
+        recommend.night_snapshot(other, run, row)
