@@ -72,7 +72,9 @@ class LLMInit(_Section):
     popular_share: float = Field(
         0.2, gt=0, le=1, description="variance: over this share of the items, the most popular"
     )
-    scale: Literal["raw", "unit_variance", "unit_norm"] = "raw"
+    scale: Literal["raw", "unit_variance", "unit_norm"] = Field(
+        "unit_variance", description="raw is the paper's; the others are as large as cf.init_std makes a random start"
+    )
 
 
 class Cf(_Section):

@@ -260,7 +260,7 @@ def test_an_item_without_pairs_is_scored_as_the_model_would(model: str) -> None:
     """A node that no edge reaches keeps its start; what the model scores for it is what its operator makes of that."""
     rng = np.random.default_rng(7)
     texts = rng.standard_normal((4, DIMENSION)).astype(np.float32)
-    of_text = llm_init.text_map(texts, np.ones(4, int), DIMENSION, LLMInit(select="full"), 0)
+    of_text = llm_init.text_map(texts, np.ones(4, int), DIMENSION, LLMInit(select="full", scale="raw"), 0)
     params = replace(PARAMS[model], layers=3)
     found = without_pairs(model, params, of_text)(texts)
     if model == "bpr":

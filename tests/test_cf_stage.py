@@ -121,7 +121,7 @@ def test_a_space_that_began_with_texts(tmp_path: Path) -> None:
     pairs = blocks()
     items = sorted({item for _, item in pairs})
     texts = {item: rng.standard_normal(6).astype(np.float32).tolist() for item in [*items[1:], "new"]}
-    still = {**BPR, "init": "llminit", "llminit": {"select": "uniform"}, "learning_rate": 1e-9}
+    still = {**BPR, "init": "llminit", "llminit": {"select": "uniform", "scale": "raw"}, "learning_rate": 1e-9}
     run = run_of(tmp_path, DAY, cf=still)
     facts = _stage(run, pairs, ("new",), texts)
     space = cf.load_space(run, facts["space_version"])
@@ -133,7 +133,7 @@ def test_a_space_that_began_with_texts(tmp_path: Path) -> None:
     mine = [found[item] for user, item in pairs if user == space.user_ids[3]]
     np.testing.assert_allclose(space.users[3], np.mean(mine, axis=0), atol=1e-5)
     # Rotated onto another space, the start of a text turns with it.
-    later = run_of(tmp_path, date(2026, 4, 1), cf={**still, "llminit": {"select": "variance"}})
+    later = run_of(tmp_path, date(2026, 4, 1), cf={**still, "llminit": {"select": "variance", "scale": "raw"}})
     facts = _stage(later, pairs, ("new",), texts)
     assert facts["aligned_to"] == space.version
     turned = cf.load_space(later, facts["space_version"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -20,7 +22,8 @@ POPULARITY = np.arange(N)[::-1].copy()
 
 def _columns(options: LLMInit, dimension: int, seed: int = 0, texts: np.ndarray | None = None) -> list[int]:
     """Which dimensions of the text the start's are."""
-    found = text_map(_texts() if texts is None else texts, POPULARITY, dimension, options, seed)
+    raw = replace(options, scale="raw")
+    found = text_map(_texts() if texts is None else texts, POPULARITY, dimension, raw, seed)
     assert not found.mean.any()
     assert set(np.unique(found.projection)) <= {0.0, 1.0}
     return found.projection.argmax(axis=0).tolist()
@@ -47,7 +50,7 @@ def test_principal_components_keep_what_selection_loses() -> None:
     rng = np.random.default_rng(1)
     plane = rng.standard_normal((N, 3)) @ rng.standard_normal((3, WIDTH)) + 7
     texts = plane.astype(np.float32)
-    found = text_map(texts, POPULARITY, 3, LLMInit("pca"), 0)(texts)
+    found = text_map(texts, POPULARITY, 3, LLMInit("pca", scale="raw"), 0)(texts)
     distances = lambda x: np.linalg.norm(x[:, None] - x, axis=2)  # noqa: E731
     np.testing.assert_allclose(distances(found), distances(texts), rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(found.mean(axis=0), 0, atol=1e-4)
@@ -76,7 +79,7 @@ def test_scales_make_encoders_of_other_magnitudes_alike(select: str) -> None:
 def test_users_begin_at_the_mean_of_their_items() -> None:
     texts = _texts()[:4]
     texts[2] = np.nan
-    of_text = text_map(texts[[0, 1, 3]], np.ones(3, int), 5, LLMInit("uniform"), 0)
+    of_text = text_map(texts[[0, 1, 3]], np.ones(3, int), 5, LLMInit("uniform", scale="raw"), 0)
     users, items = start(texts, np.array([0, 0, 2]), np.array([0, 3, 2]), 3, of_text)
     own = texts[:, [0, 2, 4, 6, 8]]
     np.testing.assert_array_equal(items[[0, 1, 3]], own[[0, 1, 3]])

@@ -80,7 +80,7 @@ def test_llminit_rows_are_measured_on_a_lake(
     args = argparse.Namespace(**given, **options, out=str(tmp_path / "out"))
     result = llminit.run(args)
     found = {name: one[0] for name, one in result["results"]["small"].items()}
-    assert list(found) == ["BPR, random", "BPR, LLMInit variance", "BPR, random, d = 384"]
+    assert list(found) == ["BPR, random", "BPR, LLMInit variance"]
     for one in found.values():
         assert set(one["cold_users"]["test"]) == {
             f"{group} {m}" for group in ("single", "half") for m in llminit._METRICS

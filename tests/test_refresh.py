@@ -115,7 +115,7 @@ def test_a_cold_item_s_start_is_what_is_left_or_the_way(way: str, tmp_path: Path
     # A text says whose item it is.
     texts = {item: np.eye(5)[int(item[1])].tolist() for item in sorted({i for _, i in blocks()})}
     texts |= {"new-0": np.eye(5)[0].tolist(), "new-1": np.eye(5)[1].tolist()}
-    began = {**BPR, "init": "llminit", "llminit": {"select": "pca"}}
+    began = {**BPR, "init": "llminit", "llminit": {"select": "pca", "scale": "raw"}}
     run = run_of(tmp_path, DAY, cf=began, refresh={"cold": way}, snapshot={"warm_interactions": 2})
     sampled = {"new-0": SAMPLED["new-0"]}
     facts, tables, space = _night(run, pairs, sampled, cold, texts)

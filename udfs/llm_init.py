@@ -39,7 +39,7 @@ class LLMInit:
     select: Select = "variance"
     replacement: bool = False
     popular_share: float = 0.2
-    scale: Scale = "raw"
+    scale: Scale = "unit_variance"
     std: float = 0.1
 
 

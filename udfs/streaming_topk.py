@@ -28,8 +28,8 @@ _BLOCK = 32
 # Logits that exist at a time: on a CPU what stays in its cache. Items scored at a time, so that tiles are not narrow.
 _CELLS = {"cpu": 2**20, "cuda": 2**28}
 _ROWS = {"cpu": 256, "cuda": 4096}
-# Fewer items than this a thread, and torch shares out the work within each operation.
-_ROWS_A_THREAD = 16
+# Fewer items than this a thread, or fewer logits in all, and torch shares out the work within each operation.
+_ROWS_A_THREAD, _FEW_LOGITS = 16, 2**22
 
 
 class Noise(Protocol):
@@ -124,7 +124,8 @@ def top_k(
                 start, width = start + width, min(2 * width, widest)
             return [one.selection(keys, bias, k) for one in scans]
 
-    few = rows.device.type != "cpu" or len(rows) < _ROWS_A_THREAD * torch.get_num_threads()
+    few = len(rows) < _ROWS_A_THREAD * torch.get_num_threads() or len(rows) * len(keys) < _FEW_LOGITS
+    few = few or rows.device.type != "cpu"
     shares = [rows] if few else list(rows.chunk(torch.get_num_threads()))
     parts = [part for share in in_threads(scan, shares) for part in share]
     return Selection(*(torch.cat([getattr(part, f) for part in parts]) for f in ("users", "scores", "logits", "lse")))

@@ -26,6 +26,7 @@ import pandas as pd
 
 from jobs import cf, cf_start, plots, text_embeddings
 from jobs import settings as conf
+from jobs.benchmark.choice import chosen
 from jobs.benchmark.datasets import DATA_SETS, DataSet, lake_of
 from jobs.benchmark.kept import Kept
 from jobs.benchmark.llminit_rows import BASE, BY_DIMENSION, ROWS, Row
@@ -128,10 +129,8 @@ def _rows(args: argparse.Namespace, encoders: dict[str, str]) -> list[Row]:
     rows = [row for row in ROWS if all(name in encoders for name in row.encoders)]
     if args.curve:
         rows = [row.at(dimension) for row in BY_DIMENSION for dimension in args.curve]
-    unknown = [name for name in args.rows or [] if not any(row.name.startswith(name) for row in rows)]
-    if unknown:
-        raise ColdRefreshError(f"--rows {unknown}: with these encoders there are {[row.name for row in rows]}")
-    return [row for row in rows if not args.rows or any(row.name.startswith(name) for name in args.rows)]
+    names = chosen(args.rows, [row.name for row in rows])
+    return [row for row in rows if row.name in names]
 
 
 def _cell(

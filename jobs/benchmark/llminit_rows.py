@@ -10,7 +10,7 @@ BASE = (
     "cf.dimension=128",
     "cf.epochs=300",
     "cf.batch_size=2048",
-    "cf.learning_rate=0.002",
+    "cf.learning_rate=0.005",
     "cf.weight_decay=0.0001",
     "cf.layers=2",
 )
@@ -59,7 +59,7 @@ ROWS = (
             ("cf.model=lightgcn", _LLM, f"cf.llminit.select={select}", f"cf.llminit.scale={scale}"),
         )
         for select in ("variance", "pca")
-        for scale in ("unit_variance", "unit_norm")
+        for scale in ("raw", "unit_norm")
     ),
     *(
         Row(f"LightGCN, LLMInit variance, {name}", ("cf.model=lightgcn", _LLM, *overrides), encoders)

@@ -22,6 +22,7 @@ import numpy as np
 from jobs import settings as conf
 from jobs import truth
 from jobs.benchmark.baselines import BASELINES
+from jobs.benchmark.choice import chosen
 from jobs.benchmark.datasets import DATA_SETS, DataSet, lake_of
 from jobs.benchmark.kept import Kept
 from jobs.benchmark.quality_rows import ROWS, Row, overrides
@@ -29,7 +30,6 @@ from jobs.benchmark.table import mean_and_spread, table
 from jobs.evaluate import Systems
 from jobs.run import Run, execute, log, open_run, parse_run_date
 from jobs.truth import Catalog, Truth
-from schemas.errors import ColdRefreshError
 from udfs.ranking_metrics import Scorer, Task, per_user
 
 _STAGES = ("snapshot", "text_embeddings", "cf", "filterllm_train", "filterllm_score", "refresh")
@@ -119,10 +119,7 @@ def measure(data: DataSet, lake: str, seed: int, given: list[str]) -> Measured:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     encoders = dict(pair.split("=", 1) for pair in args.encoder)
-    known = [row.name for row in ROWS] + [*_FLOORS, *BASELINES]
-    unknown = [name for name in args.rows or [] if not any(row.startswith(name) for row in known)]
-    if unknown:
-        raise ColdRefreshError(f"--rows {unknown}: there are {known}")
+    names = chosen(args.rows, [*_FLOORS, *BASELINES, *(row.name for row in ROWS)])
     work = Path(args.work)
     tables, results = [], {}
     for name in args.dataset:
@@ -131,16 +128,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             data = replace(data, run_date=parse_run_date(args.run_date))
         lake = lake_of(data, work)
         found = {}
-        for row in _wanted(args.rows, encoders):
+        for row in _wanted(names, encoders):
             found[row.name] = _row(row, data, lake, args, encoders, work)
         results[name] = found
         tables.append(_table(data, conf.load(data.conf).evaluate.k[0], found, args.seeds))
     return {"tables": tables, "results": results}
 
 
-def _wanted(only: list[str] | None, encoders: dict[str, str]) -> Iterator[Row]:
+def _wanted(names: list[str], encoders: dict[str, str]) -> Iterator[Row]:
     for row in (*(Row(name) for name in (*_FLOORS, *BASELINES)), *ROWS):
-        if only and not any(row.name.startswith(name) for name in only):
+        if row.name not in names:
             continue
         if overrides(row, encoders) is None:
             log(f"[benchmark] {row.name}: left out, no --encoder {row.encoders}")
