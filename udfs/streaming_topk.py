@@ -28,7 +28,8 @@ _BLOCK = 32
 # Logits that exist at a time: on a CPU what stays in its cache. Items scored at a time, so that tiles are not narrow.
 _CELLS = {"cpu": 2**20, "cuda": 2**28}
 _ROWS = {"cpu": 256, "cuda": 4096}
-# Fewer items than this a thread, or fewer logits in all, and torch shares out the work within each operation.
+# Fewer items than this a thread, and torch shares out the work within each operation; so few logits in all, and they are
+# one tile too.
 _ROWS_A_THREAD, _FEW_LOGITS = 16, 2**22
 
 
@@ -103,13 +104,16 @@ def top_k(
         empty = queries.new_zeros((len(queries), min(k, kept)), dtype=torch.float64)
         return Selection(empty.long(), empty, empty, empty.new_full((len(queries),), -torch.inf))
     rows = torch.arange(len(queries), device=queries.device)
+    few = len(queries) * len(keys) <= _FEW_LOGITS
+    cells = max(_CELLS[queries.device.type], _FEW_LOGITS if few else 0)
+    together = few or queries.device.type != "cpu" or len(rows) < _ROWS_A_THREAD * torch.get_num_threads()
 
     def scan(rows: torch.Tensor) -> list[Selection]:
         """`top_k` of these rows of queries."""
         with torch.inference_mode():
             blocks = rows.split(_ROWS[queries.device.type])
             scans = [_Scan(queries[block], block, kept, temperature, noise, first_user) for block in blocks]
-            widest = max(1, min(tile, max(_CELLS[queries.device.type] // len(blocks[0]), _BLOCK)))
+            widest = max(1, min(tile, max(cells // len(blocks[0]), _BLOCK)))
             buffer = queries.new_empty(len(blocks[0]) * -(-widest // _BLOCK) * _BLOCK)
             # Noise is dear where there is no threshold yet, so the first tiles are narrow then.
             width = widest if noise is None else min(widest, -(-8 * kept // _BLOCK) * _BLOCK)
@@ -124,9 +128,7 @@ def top_k(
                 start, width = start + width, min(2 * width, widest)
             return [one.selection(keys, bias, k) for one in scans]
 
-    few = len(rows) < _ROWS_A_THREAD * torch.get_num_threads() or len(rows) * len(keys) < _FEW_LOGITS
-    few = few or rows.device.type != "cpu"
-    shares = [rows] if few else list(rows.chunk(torch.get_num_threads()))
+    shares = [rows] if together else list(rows.chunk(torch.get_num_threads()))
     parts = [part for share in in_threads(scan, shares) for part in share]
     return Selection(*(torch.cat([getattr(part, f) for part in parts]) for f in ("users", "scores", "logits", "lse")))
 
