@@ -13,6 +13,7 @@ from jobs.benchmark.datasets import DataSet
 from jobs.benchmark.quality_rows import ROWS, overrides
 from jobs.lake import Lake
 from jobs.settings import load
+from schemas.errors import ColdRefreshError
 from tests.small_lake import SmallLake
 
 ROW_NAMES = ["FilterLLM", "random", "popularity", "CF on warm", "TF-IDF"]
@@ -52,7 +53,7 @@ def test_the_figures_are_those_of_the_night(
     monkeypatch.setattr(quality, "measure", nothing)
     assert quality.run(args) == result
     args.rows = ["no such row"]
-    with pytest.raises(quality.ColdRefreshError, match="no such row"):
+    with pytest.raises(ColdRefreshError, match="no such row"):
         quality.run(args)
 
 
@@ -94,7 +95,7 @@ def test_llminit_rows_are_measured_on_a_lake(
     monkeypatch.setattr(llminit, "measure", lambda *given: pytest.fail("measured again"))
     assert llminit.run(args) == result
     args.rows = ["no such row"]
-    with pytest.raises(quality.ColdRefreshError, match="no such row"):
+    with pytest.raises(ColdRefreshError, match="no such row"):
         llminit.run(args)
 
 
