@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch.nn import functional as F
 
-from udfs import pair_training
-from udfs.pair_training import Data, OnEpoch, Start
-from udfs.vectors import Matrix
+from udfs.pair_training import Data
 
 if TYPE_CHECKING:
-    from udfs.cf_model import CfParams, Pairs
+    from udfs.cf_model import CfParams
 
 
 class Propagate(Protocol):
@@ -114,16 +112,3 @@ class Bpr:
 
     def embeddings(self, ego: torch.Tensor) -> torch.Tensor:
         return self._propagate(ego) if self._propagate else ego
-
-
-def fit(
-    pairs: Pairs,
-    n_users: int,
-    n_items: int,
-    params: CfParams,
-    seed: int,
-    start: Start | None = None,
-    on_epoch: OnEpoch | None = None,
-) -> tuple[Matrix, Matrix]:
-    """BPR-MF: see `udfs.pair_training.train`."""
-    return pair_training.train(pairs, n_users, n_items, params, seed, Bpr, start, on_epoch)

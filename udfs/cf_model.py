@@ -173,11 +173,12 @@ def _fit_torch(
         from udfs import als_cg
 
         return of_all(als_cg.fit(known, *sizes, params, seed))
-    from udfs import bpr, lightgcn, sgcl, sgl
+    from udfs import bpr, lightgcn, pair_training, sgcl, sgl
 
     def told(epoch: int, embeddings: Callable[[], tuple[Matrix, Matrix]]) -> bool:
         return on_epoch is not None and on_epoch(epoch, lambda: of_all(embeddings()))
 
     begin = None if start is None else (start[0][known_users], start[1][known_items])
-    module = {"bpr": bpr, "lightgcn": lightgcn, "sgl": sgl, "sgcl": sgcl}[model]
-    return of_all(module.fit(known, *sizes, params, seed, begin, told))
+    objectives: dict[str, Callable[[pair_training.Data, CfParams], pair_training.Objective]]
+    objectives = {"bpr": bpr.Bpr, "lightgcn": lightgcn.objective, "sgl": sgl.Sgl, "sgcl": sgcl.Sgcl}
+    return of_all(pair_training.train(known, *sizes, params, seed, objectives[model], begin, told))

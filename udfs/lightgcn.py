@@ -9,13 +9,11 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from udfs import pair_training
 from udfs.bpr import Bpr
-from udfs.pair_training import Data, OnEpoch, Start
-from udfs.vectors import Matrix
+from udfs.pair_training import Data
 
 if TYPE_CHECKING:
-    from udfs.cf_model import CfParams, Pairs
+    from udfs.cf_model import CfParams
 
 
 def normalized_adjacency(users: np.ndarray, items: np.ndarray, n_users: int, n_items: int) -> sparse.csr_matrix:
@@ -123,18 +121,6 @@ def propagation(data: Data, params: CfParams) -> Propagation:
     return Propagation(adjacency, params.layers, data.users.device, torch.float32)
 
 
-def fit(
-    pairs: Pairs,
-    n_users: int,
-    n_items: int,
-    params: CfParams,
-    seed: int,
-    start: Start | None = None,
-    on_epoch: OnEpoch | None = None,
-) -> tuple[Matrix, Matrix]:
-    """As `udfs.pair_training.train`, with one propagation over the whole graph a batch."""
-
-    def objective(data: Data, params: CfParams) -> Bpr:
-        return Bpr(data, params, propagation(data, params))
-
-    return pair_training.train(pairs, n_users, n_items, params, seed, objective, start, on_epoch)
+def objective(data: Data, params: CfParams) -> Bpr:
+    """BPR on what the graph makes of the embeddings, with one propagation a batch."""
+    return Bpr(data, params, propagation(data, params))

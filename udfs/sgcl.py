@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
-from udfs import pair_training
 from udfs.lightgcn import propagation
-from udfs.pair_training import Data, OnEpoch, Start
-from udfs.vectors import Matrix
+from udfs.pair_training import Data
 
 if TYPE_CHECKING:
-    from udfs.cf_model import CfParams, Pairs
+    from udfs.cf_model import CfParams
 
 
 def sgcl_loss(users: torch.Tensor, items: torch.Tensor, weights: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -54,16 +52,3 @@ class Sgcl:
     def embeddings(self, ego: torch.Tensor) -> torch.Tensor:
         """Of unit length: what is learnt is the cosine."""
         return F.normalize(self._propagate(ego), dim=1)
-
-
-def fit(
-    pairs: Pairs,
-    n_users: int,
-    n_items: int,
-    params: CfParams,
-    seed: int,
-    start: Start | None = None,
-    on_epoch: OnEpoch | None = None,
-) -> tuple[Matrix, Matrix]:
-    """As `udfs.pair_training.train`, with one propagation over the whole graph a batch."""
-    return pair_training.train(pairs, n_users, n_items, params, seed, Sgcl, start, on_epoch)

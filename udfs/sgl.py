@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
-from udfs import pair_training
 from udfs.bpr import Bpr
 from udfs.lightgcn import Propagation, normalized_adjacency, propagation
-from udfs.pair_training import Data, OnEpoch, Start
-from udfs.vectors import Matrix
+from udfs.pair_training import Data
 
 if TYPE_CHECKING:
-    from udfs.cf_model import CfParams, Pairs
+    from udfs.cf_model import CfParams
 
 
 def info_nce(one: torch.Tensor, other: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -57,16 +55,3 @@ class Sgl:
 
     def embeddings(self, ego: torch.Tensor) -> torch.Tensor:
         return self._bpr.embeddings(ego)
-
-
-def fit(
-    pairs: Pairs,
-    n_users: int,
-    n_items: int,
-    params: CfParams,
-    seed: int,
-    start: Start | None = None,
-    on_epoch: OnEpoch | None = None,
-) -> tuple[Matrix, Matrix]:
-    """As `udfs.pair_training.train`, with three propagations a batch."""
-    return pair_training.train(pairs, n_users, n_items, params, seed, Sgl, start, on_epoch)
