@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jobs.benchmark import llminit, llminit_rows, quality
+from jobs.benchmark import llminit, llminit_rows, quality, systems
 from jobs.benchmark.datasets import DataSet
 from jobs.benchmark.quality_rows import ROWS, overrides
 from jobs.lake import Lake
@@ -55,6 +58,43 @@ def test_the_figures_are_those_of_the_night(
     args.rows = ["no such row"]
     with pytest.raises(ColdRefreshError, match="no such row"):
         quality.run(args)
+
+
+def test_the_systems_cost_what_their_stages_cost(
+    undisturbed: tuple[SmallLake, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spark: Any
+) -> None:
+    lake = undisturbed[0]
+    monkeypatch.setattr(systems, "DATA_SETS", {"small": DataSet("small", str(lake.conf), lake.run_date)})
+    monkeypatch.setattr(systems, "lake_of", lambda data, work: str(lake.lake))
+
+    def here(module: str, function: str, **given: Any) -> Any:
+        return getattr(importlib.import_module(f"jobs.benchmark.{module}"), function)(**given)
+
+    monkeypatch.setattr(systems, "fresh", here)
+    args = argparse.Namespace(dataset=["small"], seeds=[3], rows=["FilterLLM"], overrides=[], work=str(tmp_path))
+    found = systems.run(args)["results"]["small"]["FilterLLM"][0]
+    recorded = Lake(str(lake.lake), {}).read("runs").to_pylist()
+    assert found["seconds"] == {
+        r["stage"]: r["seconds"] for r in recorded if r["stage"] in (*systems._SHARED, *systems._SAMPLING)
+    }
+    metrics = Lake(str(lake.lake), {}).read("metrics").to_pylist()
+    published = {r["metric"]: r["value"] for r in metrics if (r["system"], r["split"]) == ("published", "cold")}
+    assert found["test"]["cold ndcg@10"] == pytest.approx(published["ndcg@10"], abs=1e-9)
+
+
+def test_the_memory_of_processes_below_this_one_is_seen() -> None:
+    holds = "import time; held = bytearray(b'x') * (200 << 20); print('held', flush=True); time.sleep(2)"
+    with systems.PeakOfChildren(every=0.1) as peak:
+        subprocess.run([sys.executable, "-c", holds], check=True, stdout=subprocess.DEVNULL)
+    assert 200 << 20 < peak.bytes < 300 << 20
+    with systems.PeakOfChildren(every=0.1) as nothing:
+        pass
+    assert nothing.bytes == 0
+
+
+@pytest.mark.parametrize("system", systems.SYSTEMS)
+def test_every_system_is_a_row(system: str) -> None:
+    assert systems.SYSTEMS[system][0] in [row.name for row in ROWS]
 
 
 def test_llminit_rows_are_measured_on_a_lake(

@@ -27,6 +27,7 @@ SUBJECTS = {
     "allmrec": "A-LLMRec among 20 candidates: CF backbones, ablations, cold items and users, few users, another domain",
     "llminit": "CF models from a random start and from text embeddings, for all users and cold ones",
     "lightgcn": "seconds an epoch of LightGCN, against RecBole's",
+    "systems": "FilterLLM, LLMInit and A-LLMRec placing cold items: quality, seconds and memory of a night each",
     "quality": "Recall and NDCG of every method on the papers' data sets, mean and spread over seeds",
 }
 
