@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 from jobs.allmrec_settings import Allmrec
 from jobs.settings_section import Section as _Section
 from schemas.errors import ColdRefreshError
+from udfs.hashed_words import width_of
 
 
 class SettingsError(ColdRefreshError):
@@ -53,8 +54,8 @@ class Snapshot(_Section):
 class Text(_Section):
     """The language model and how it is run over item texts."""
 
-    model: str = Field("minilm", description="minilm, smollm2, a directory or a hub id")
-    also: tuple[str, ...] = Field((), description="further models: their vectors are set beside the first's")
+    model: str = Field("minilm", description="minilm, smollm2, a directory or a hub id; words: none, hashed words")
+    also: tuple[str, ...] = Field((), description="further models (or words): their vectors stand beside the first's")
     sha256: str | None = Field(None, description="what model.safetensors must hash to; known for minilm and smollm2")
     pooling: Literal["auto", "mean", "last_token", "cls"] = "auto"
     prompt: str = Field("{content}", description="{title} and {content} stand for the item's fields")
@@ -239,6 +240,8 @@ class Settings(_Section):
             raise ValueError(f"refresh.users ({self.refresh.users}) is more than sampling.k ({self.sampling.k})")
         if self.filterllm.lora and self.text.also:
             raise ValueError("filterllm.lora trains one language model: leave text.also empty")
+        if self.filterllm.lora and width_of(self.text.model) is not None:
+            raise ValueError("filterllm.lora trains a language model, and text.model words is none")
         if self.cf.init == "llminit" and self.cf.model in ("als", "als_cg"):
             raise ValueError(f"cf.init llminit needs a cf.model that keeps its start, not {self.cf.model}")
         if self.refresh.cold == "llminit" and self.cf.init != "llminit":

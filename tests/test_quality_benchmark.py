@@ -176,6 +176,5 @@ def test_every_llminit_row_is_a_setting_of_the_confs(row: llminit_rows.Row) -> N
 def test_every_row_is_a_setting_of_the_confs(row: quality.Row) -> None:
     assert (overrides(row, {}) is None) == bool(row.encoders)
     given = overrides(row, dict.fromkeys(row.encoders, "/some/folder"))
-    for conf in ("conf/citeulike.yaml", "conf/amazon.yaml"):
-        plain, changed = load(conf), load(conf, given)
-        assert (plain.digest() == changed.digest()) == (not row.overrides)
+    confs = ("conf/citeulike.yaml", "conf/amazon.yaml")
+    assert any(load(conf).digest() != load(conf, given).digest() for conf in confs) == bool(row.overrides)

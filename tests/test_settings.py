@@ -73,10 +73,12 @@ def test_only_what_decides_results_makes_another_run() -> None:
             "alignment.match mse or infonce",
         ),
         ({"allmrec": {"backbone": "svd"}}, "'sasrec'"),
+        ({"filterllm": {"lora": True}, "text": {"also": ["words"]}}, "leave text.also empty"),
+        ({"filterllm": {"lora": True}, "text": {"model": "words"}}, "text.model words is none"),
         ({"allmrec": {"reader": {"llm": "smollm2"}}}, "reader.llm"),
     ],
 )
-def test_ways_of_allmrec_that_do_not_go_together_are_named(sections: dict, message: str) -> None:
+def test_choices_that_do_not_go_together_are_named(sections: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Settings.model_validate({"lake": "here", **sections})
 

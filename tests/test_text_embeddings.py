@@ -21,6 +21,7 @@ from jobs.ray_cluster import cluster
 from jobs.run import Run
 from jobs.settings import RayCluster, Settings, Text
 from schemas.table import table as schema
+from udfs.hashed_words import HashedWords
 from udfs.model_files import ModelError, find_model
 from udfs.text_encoder import TextEncoder
 
@@ -167,16 +168,18 @@ def test_vectors_of_several_models_stand_side_by_side(tmp_path: Path) -> None:
     pooling = other / "1_Pooling" / "config.json"
     recipe = json.loads(pooling.read_text())
     pooling.write_text(json.dumps({**recipe, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}))
-    both = staged(run_of(tmp_path / "lake", also=(str(other),)), TEXTS[:3])
+    both = staged(run_of(tmp_path / "lake", also=(str(other), "words-256")), TEXTS[:3])
     facts = encode(both)
-    assert facts == {**facts, "width": 384 + 384, "texts": 3, "encoded": 3, "cached": 3}  # MiniLM's are there
+    assert facts == {**facts, "width": 384 + 384 + 256, "texts": 3, "encoded": 6, "cached": 3}  # MiniLM's are there
     assert facts["model_version"] == text_embeddings.model_version(both.settings.text)
     shas = [sha(t) for t in TEXTS[:3]]
     found = text_embeddings.load(both, shas[::-1], str(facts["model_version"]))
-    first, second = str(facts["model_version"]).split("+")
+    first, second, words = str(facts["model_version"]).split("+")
     np.testing.assert_array_equal(found[:, :384], text_embeddings.load(alone, shas[::-1], first))
-    np.testing.assert_array_equal(found[:, 384:], text_embeddings.load(alone, shas[::-1], second))
-    assert not np.allclose(found[:, :384], found[:, 384:], atol=0.1)
+    np.testing.assert_array_equal(found[:, 384:768], text_embeddings.load(alone, shas[::-1], second))
+    assert not np.allclose(found[:, :384], found[:, 384:768], atol=0.1)
+    assert words.startswith("words-256-")
+    np.testing.assert_array_equal(found[:, 768:], HashedWords(256, 128).encode(TEXTS[:3][::-1]))
 
 
 def test_a_model_that_is_missing_or_another_one_stops_before_ray(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from udfs.encoder_recipe import is_causal, read_recipe
+from udfs.hashed_words import HashedWords, version, width_of
 from udfs.model_files import find_model
 from udfs.text_encoder import CHARACTERS_A_TOKEN, TextEncoder, batches, pool, readable
 
@@ -124,3 +125,40 @@ def _close(found: np.ndarray, expected: np.ndarray) -> None:
     """Within the tolerance that the encoder states, relative to each vector's length."""
     distance = np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
     assert distance.max() < 1e-5, distance
+
+
+def test_hashed_words_tell_words_apart_and_nothing_else() -> None:
+    words = HashedWords(1024, max_tokens=16)
+    found = words.encode(
+        ["Revlon lip butter", "butter, LIP: revlon!", "revlon", "revlon revlon", "", "the of", "\ud800 revlon"]
+    )
+    assert (found.shape, found.dtype) == ((7, 1024), np.float32)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), [1, 1, 1, 1, 0, 0, 1], atol=1e-6)
+    np.testing.assert_array_equal(found[0], found[1])  # neither order nor case
+    np.testing.assert_allclose(np.abs(found[0][found[0] != 0]), 3**-0.5, rtol=1e-6)  # three words, three places
+    np.testing.assert_allclose(found[2], found[3])
+    np.testing.assert_array_equal(found[2], found[6])  # a lone surrogate is no word
+    assert found[0] @ found[2] == pytest.approx(3**-0.5)
+    twice = words.encode(["lip revlon revlon"])[0]  # log(1 + c): one word once, one twice
+    assert sorted(np.abs(twice[twice != 0]) / np.abs(twice).max()) == pytest.approx(
+        [np.log(2) / np.log(3), 1], rel=1e-6
+    )
+    cut = words.encode(["a" * CHARACTERS_A_TOKEN * 16 + " revlon"])[0]
+    assert cut @ found[2] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [
+        ("words", 1024),
+        ("words-256", 256),
+        ("words-12", None),
+        ("words-0256", None),
+        ("minilm", None),
+        ("./words", None),
+    ],
+)
+def test_the_names_of_hashed_words(name: str, width: int | None) -> None:
+    assert width_of(name) == width
+    if width:
+        assert version(width, 16) != version(width, 32)  # of a long text another part is read

@@ -1,4 +1,7 @@
-"""A worker that encodes texts: finds the model on its own machine, loads it once, and makes sure it is the driver's."""
+"""A worker that encodes texts: finds the model on its own machine, loads it once, and makes sure it is the driver's.
+
+Beside language models there is `words` (udfs/hashed_words.py), which needs no files.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,16 @@ from typing import Literal
 
 import numpy as np
 
+from udfs import hashed_words
 from udfs.encoder_recipe import read_recipe, version
 from udfs.model_files import ModelError, find_model
 
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """Where a model's files are, the version of its embeddings, and their width."""
+    """Where a model's files are (None: it has none), the version of its embeddings, and their width."""
 
-    directory: Path
+    directory: Path | None
     version: str
     width: int
 
@@ -39,6 +43,8 @@ class EncoderSpec:
         Raises:
             ModelError: see `find_model` and `read_recipe`.
         """
+        if (words := hashed_words.width_of(self.model)) is not None:
+            return ResolvedModel(None, hashed_words.version(words, self.max_tokens), words)
         files = find_model(self.model, self.sha256, Path(self.cache) if self.cache else None)
         recipe = read_recipe(files.directory, pooling=self.pooling, max_tokens=self.max_tokens, dtype=self.dtype)
         return ResolvedModel(files.directory, version(files, recipe), recipe.width)
@@ -56,16 +62,19 @@ class EncoderActor:
         model = spec.resolve()
         if model.version != expected_version:
             raise ModelError(f"a worker finds {model.version} in {model.directory}, the run uses {expected_version}")
+        if model.directory is None:
+            self._encode = hashed_words.HashedWords(model.width, spec.max_tokens).encode
+            return
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise ModelError("ray.gpus_per_actor is above 0, but torch finds no usable GPU in the worker")
-        self._encoder = TextEncoder(
+        self._encode = TextEncoder(
             model.directory,
             pooling=spec.pooling,
             max_tokens=spec.max_tokens,
             batch_tokens=spec.batch_tokens,
             dtype=spec.dtype,
             device=device,
-        )
+        ).encode
 
     def work(self, shard: list[str]) -> np.ndarray:
-        return self._encoder.encode(shard)
+        return self._encode(shard)

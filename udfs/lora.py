@@ -143,6 +143,8 @@ def encoder_of(spec: EncoderSpec, expected_version: str, device: str) -> TextEnc
     model = spec.resolve()
     if model.version != expected_version:
         raise LoraError(f"found {model.version} in {model.directory}, the run uses {expected_version}")
+    if model.directory is None:
+        raise LoraError(f"{spec.model} is no language model: it has no weights for adapters")
     return TextEncoder(
         model.directory,
         pooling=spec.pooling,

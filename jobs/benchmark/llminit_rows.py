@@ -13,6 +13,7 @@ BASE = (
     "cf.learning_rate=0.005",
     "cf.weight_decay=0.0001",
     "cf.layers=2",
+    "text.also=[]",
 )
 
 
@@ -64,6 +65,10 @@ ROWS = (
     *(
         Row(f"LightGCN, LLMInit variance, {name}", ("cf.model=lightgcn", _LLM, *overrides), encoders)
         for name, (overrides, encoders) in _ENCODERS.items()
+    ),
+    Row(
+        "LightGCN, LLMInit PCA, MiniLM + words",
+        ("cf.model=lightgcn", _LLM, "cf.llminit.select=pca", "text.also=[words]"),
     ),
 )
 

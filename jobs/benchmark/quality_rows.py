@@ -49,10 +49,14 @@ ROWS = (
         ("cf.model=lightgcn", "cf.dimension=64", "cf.epochs=40", "cf.init=llminit", "refresh.cold=llminit"),
     ),
     Row("cold items where A-LLMRec's alignment puts them", ("refresh.cold=allmrec",)),
-    Row("LoRA", ("filterllm.lora=true", "filterllm.epochs=6")),
-    Row("SmolLM2, last token", ("text.model=smollm2",)),
-    Row("SmolLM2, mean", ("text.model=smollm2", "text.pooling=mean")),
-    Row("mpnet", ("text.model={mpnet}",), ("mpnet",)),
+    Row("LoRA", ("filterllm.lora=true", "filterllm.epochs=6", "text.also=[]")),
+    Row("SmolLM2, last token", ("text.model=smollm2", "text.also=[]")),
+    Row("SmolLM2, mean", ("text.model=smollm2", "text.pooling=mean", "text.also=[]")),
+    Row("MiniLM alone", ("text.model=minilm", "text.also=[]")),
+    Row("MiniLM + words", ("text.model=minilm", "text.also=[words]")),
+    Row("words alone, no language model", ("text.model=words", "text.also=[]")),
+    Row("mpnet", ("text.model={mpnet}", "text.also=[]"), ("mpnet",)),
+    Row("mpnet + words", ("text.model={mpnet}", "text.also=[words]"), ("mpnet",)),
     Row("MiniLM + mpnet", ("text.also=['{mpnet}']",), ("mpnet",)),
 )
 
