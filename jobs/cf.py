@@ -48,6 +48,18 @@ class Space:
     facts: dict[str, Any]
     interactions: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
+    def fold_in(self, fixed: Matrix, csr: Any, scale: str, gram_of_all: Any = None, shares: Any = None) -> Matrix:
+        """udfs.fold_in.fold_in with the space's own settings; `scale`: item_scale or user_scale, of its facts."""
+        return fold_in.fold_in(
+            fixed,
+            *csr,
+            alpha=self.facts["alpha"],
+            regularization=self.facts["regularization"],
+            scale=self.facts[scale],
+            gram_of_all=gram_of_all,
+            shares=shares,
+        )
+
 
 def load_space(run: Run, version: str) -> Space:
     """The space `version`.

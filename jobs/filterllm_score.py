@@ -25,20 +25,24 @@ from schemas.table import table as schema
 from udfs import user_sampling
 from udfs.actor_pool import map_ordered
 from udfs.filterllm import FilterLLM, FilterLLMError
+from udfs.filterllm_items import held_out
 from udfs.progress import Progress
 from udfs.scorer_actor import Sampling, Scorer
 
 TABLE = "item_scores"
 _STAGED = ["item_id", "user_id", "rank", "probability", "propensity"]
+# Held-out items that tell how long vectors should be.
+_PROBES = 1000
 # Shards whose text embeddings are read at a time.
 _READ_AHEAD = 32
 
 
 def run(run: Run, out: Staging) -> dict[str, Any]:
-    """Leaves the table `sampled` (item_id, user_id, rank, probability, propensity), sorted by item and rank.
+    """Leaves the table `sampled` (item_id, user_id, rank, probability, propensity), sorted by item and rank; and `held_out`,
+    the same of warm items that the model was not trained on, if the refresh measures by them (refresh.scale auto).
 
     Returns:
-        items, rows: of `sampled`; scored: items of now, reused: items of before; users: who could be drawn;
+        items, rows: of `sampled`; scored: of them now, reused: before; held_out: items; users: who could be drawn;
         model_version, space_version, scoring_version.
 
     Raises:
@@ -51,30 +55,47 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
     version = _scoring_version(run, trained["model_version"], vocabulary.filter(pa.array(allowed)))
     items = run.staging("snapshot").read("items_labelled", ["item_id", "label", "text_sha256"])
     cold = items.filter(pc.and_(pc.equal(items["label"], "cold"), pc.is_valid(items["text_sha256"])))
-    cold = cold.select(["item_id", "text_sha256"]).sort_by("item_id").combine_chunks()
-    done = _cached(run, version, cold)
-    pending = cold.filter(pc.invert(pc.is_in(cold["item_id"], value_set=done["item_id"].combine_chunks())))
+    wanted = pa.concat_tables([cold, _held_out(run, items)] if cold.num_rows else [cold])
+    wanted = wanted.select(["item_id", "text_sha256"]).sort_by("item_id").combine_chunks()
+    done = _cached(run, version, wanted)
+    pending = wanted.filter(pc.invert(pc.is_in(wanted["item_id"], value_set=done["item_id"].combine_chunks())))
     if not cold.num_rows:
         log("[filterllm_score] no cold item with a text tonight: nothing to score")
     elif not pending.num_rows:
-        log(f"[filterllm_score] all {cold.num_rows} cold items have their users from before: nothing is scored")
+        log(f"[filterllm_score] all {wanted.num_rows} items have their users from before: nothing is scored")
     else:
         _score(run, trained, vocabulary, allowed, version, pending)
-        done = _cached(run, version, cold)
-        lost = cold.num_rows - pc.count_distinct(done["item_id"]).as_py()
+        done = _cached(run, version, wanted)
+        lost = wanted.num_rows - pc.count_distinct(done["item_id"]).as_py()
         if lost:
-            raise FilterLLMError(f"table '{TABLE}' lacks {lost} of {cold.num_rows} items of {version}; run again")
-    out.write("sampled", done.select(_STAGED))
+            raise FilterLLMError(f"table '{TABLE}' lacks {lost} of {wanted.num_rows} items of {version}; run again")
+    is_cold = pc.is_in(done["item_id"], value_set=cold["item_id"].combine_chunks())
+    sampled = done.filter(is_cold)
+    out.write("sampled", sampled.select(_STAGED))
+    out.write("held_out", done.filter(pc.invert(is_cold)).select(_STAGED))
+    scored = pc.sum(pc.is_in(pending["item_id"], value_set=cold["item_id"].combine_chunks())).as_py() or 0
     return {
         "items": cold.num_rows,
-        "rows": done.num_rows,
-        "scored": pending.num_rows,
-        "reused": cold.num_rows - pending.num_rows,
+        "rows": sampled.num_rows,
+        "held_out": wanted.num_rows - cold.num_rows,
+        "scored": scored,
+        "reused": cold.num_rows - scored,
         "users": int(allowed.sum()),
         "model_version": trained["model_version"],
         "space_version": trained["space_version"],
         "scoring_version": version,
     }
+
+
+def _held_out(run: Run, items: pa.Table) -> pa.Table:
+    """Those of the warm items that training the model leaves out, a thousand or so at most; none if nobody asks for them."""
+    refresh, conf = run.settings.refresh, run.settings.filterllm
+    warm = items.filter(pc.and_(pc.equal(items["label"], "warm"), pc.is_valid(items["text_sha256"])))
+    if refresh.scale != "auto" or refresh.method != "fold_in":
+        return warm.slice(0, 0)
+    # Who is held out is decided by a hash of the item below a share: a smaller share gives some of them.
+    share = min(conf.validation_share, _PROBES / max(1, warm.num_rows))
+    return warm.filter(pa.array(held_out(warm["item_id"].to_pylist(), share, run.settings.seed)))
 
 
 def _allowed(run: Run, vocabulary: pa.Array) -> np.ndarray:

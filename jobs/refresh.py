@@ -23,14 +23,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs import allmrec_alignment, cf, cf_start, published
+from jobs import allmrec_alignment, cf, cf_start, published, sampled_users
 from jobs.cf import Space
 from jobs.run import Run, log
+from jobs.sampled_users import SampledUsers
 from jobs.staging import Staging
 from schemas.errors import ColdRefreshError
 from schemas.table import table as schema
 from udfs.cf_model import Pairs
-from udfs.fold_in import fold_in, gram, to_csr
+from udfs.fold_in import gram, to_csr
 from udfs.vectors import Matrix, from_column, to_column
 
 Rows = npt.NDArray[np.int64]
@@ -50,9 +51,7 @@ class _Night:
     item_ids: pa.Array
     texts: pa.Array  # text_sha256 of the items, null for none
     warm: Mask
-    sampled_rows: pa.Table  # of users and items that still exist
-    sampled: Pairs  # the part of them that the refresh uses: indices and weights (relative to the item's first)
-    shares: Pairs  # the same pairs, with as how many interactions each counts in a fold-in
+    sampled: SampledUsers
 
 
 @dataclass
@@ -87,8 +86,8 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
     Returns:
         rows: table -> rows; sources: source -> items; users_folded_in; users_left_out: no item of theirs is in the space;
         items_left_out: nothing to make a vector from; sampled_dropped: rows of users or items that are gone; method;
-        model_version; alignment_version: that placed cold items, if one did; space_version, dimension, aligned_to and
-        residual of the space that the vectors are in.
+        model_version; alignment_version: that placed cold items, if one did; scale: of vectors that come from sampled users
+        alone (jobs/sampled_users.py); space_version, dimension, aligned_to and residual of the space that the vectors are in.
 
     Raises:
         RefreshError: a vector is not finite.
@@ -97,13 +96,13 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
         udfs.allmrec_examples.AllmrecError: refresh.cold=allmrec, and there is nothing to align.
     """
     night = _night(run)
-    if not night.sampled_rows.num_rows:
+    if not night.sampled.rows.num_rows:
         log("[refresh] no cold item was scored tonight: what there is are warm items")
     space = cf.load_space(run, run.staging("cf").facts()["space_version"])
     retrain = run.settings.refresh.method == "retrain"
     if retrain:
         real = _real_pairs(night, space.facts["binary"], np.zeros(len(night.user_ids), bool), _sampled_items(night))
-        extra = _without(night.sampled, real, len(night.user_ids))
+        extra = _without(night.sampled.pairs, real, len(night.user_ids))
         space = cf.load_space(run, cf.train(run, out, align_to=space.version, sampled=extra))
     in_space = _place(night.user_ids, space.user_ids)
     items_in_space = _place(night.item_ids, space.item_ids)
@@ -111,7 +110,10 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
     real = _real_pairs(night, space.facts["binary"], in_space < 0, needs if retrain else needs | _sampled_items(night))
     users = _users(space, in_space, items_in_space, real)
     alignment = allmrec_alignment.for_space(run, space) if run.settings.refresh.cold == "allmrec" else None
-    items = _items(night, space, users, items_in_space, real, alignment, fold_sampled=not retrain)
+    scale = None if retrain else 1.0
+    if night.sampled.rows.num_rows and not retrain:
+        scale = sampled_users.scale(run, space, users, night.user_ids, night.item_ids, items_in_space)
+    items = _items(night, space, users, items_in_space, real, alignment, scale)
     facts = _write(night, out, space, users, items)
     return {
         **facts,
@@ -119,10 +121,11 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
         "users_left_out": int((~users.any(1)).sum()),
         "items_left_out": int(sum(source is None for source in items.source)),
         "sampled_dropped": run.staging("filterllm_score").read("sampled", ["item_id"]).num_rows
-        - night.sampled_rows.num_rows,
+        - night.sampled.rows.num_rows,
         "method": run.settings.refresh.method,
         "model_version": run.staging("filterllm_train").facts()["model_version"],
         "alignment_version": alignment,
+        "scale": scale,
         "space_version": space.version,
         **{name: space.facts[name] for name in ("dimension", "aligned_to", "residual")},
     }
@@ -135,37 +138,18 @@ def _place(ids: pa.Array, among: list[str]) -> Rows:
 
 
 def _night(run: Run) -> _Night:
-    snapshot, settings = run.staging("snapshot"), run.settings.refresh
+    snapshot = run.staging("snapshot")
     users = snapshot.read("users", ["user_id", "user_idx"]).sort_by("user_idx")
     items = snapshot.read("items_labelled", ["item_id", "item_idx", "label", "text_sha256"]).sort_by("item_idx")
     user_ids, item_ids = (table.column(0).combine_chunks() for table in (users, items))
-    rows = run.staging("filterllm_score").read("sampled")
-    rows = rows.filter(pc.and_(pc.is_in(rows["user_id"], user_ids), pc.is_in(rows["item_id"], item_ids)))
-    rows = rows.sort_by([("item_id", "ascending"), ("rank", "ascending")])
-    user, item = (
-        _place(rows[name].combine_chunks(), ids.to_pylist())
-        for name, ids in (("user_id", user_ids), ("item_id", item_ids))
-    )
-    weights = np.ones(len(user))
-    if settings.by_probability and len(user):
-        # Relative to the item's first row, which is its most probable one.
-        first = np.flatnonzero(np.diff(item, prepend=-1))
-        probability = rows["probability"].to_numpy()
-        weights = probability / np.repeat(probability[first], np.diff(first, append=len(item)))
-    used = rows["rank"].to_numpy() <= (settings.users or np.inf)
-    sampled = Pairs(user[used], item[used], weights[used].astype(np.float32))
-    shares = np.ones(len(sampled.items))
-    if settings.by_probability and len(shares):
-        total = np.bincount(sampled.items, sampled.weights, minlength=len(item_ids))[sampled.items]
-        shares = settings.interactions * sampled.weights / total
-    counted = Pairs(sampled.users, sampled.items, shares.astype(np.float32))
+    sampled = sampled_users.read(run, "sampled", user_ids, item_ids)
     texts = items["text_sha256"].combine_chunks()
-    return _Night(run, user_ids, item_ids, texts, pc.equal(items["label"], "warm").to_numpy(), rows, sampled, counted)
+    return _Night(run, user_ids, item_ids, texts, pc.equal(items["label"], "warm").to_numpy(), sampled)
 
 
 def _sampled_items(night: _Night) -> Mask:
     mask = np.zeros(len(night.item_ids), bool)
-    mask[night.sampled.items] = True
+    mask[night.sampled.pairs.items] = True
     return mask
 
 
@@ -196,21 +180,8 @@ def _users(space: Space, in_space: Rows, items_in_space: Rows, real: Pairs) -> M
     mine = (in_space[real.users] < 0) & (items_in_space[real.items] >= 0)
     rows, row = np.unique(real.users[mine], return_inverse=True)
     csr = to_csr(row, items_in_space[real.items[mine]], real.weights[mine], len(rows))
-    vectors[rows] = _fold(space, space.items, csr, "user_scale")
+    vectors[rows] = space.fold_in(space.items, csr, "user_scale")
     return vectors
-
-
-def _fold(space: Space, fixed: Matrix, csr: Any, scale: str, gram_of_all: Any = None, shares: Any = None) -> Matrix:
-    facts = space.facts
-    return fold_in(
-        fixed,
-        *csr,
-        alpha=facts["alpha"],
-        regularization=facts["regularization"],
-        scale=facts[scale],
-        gram_of_all=gram_of_all,
-        shares=shares,
-    )
 
 
 def _items(
@@ -220,10 +191,9 @@ def _items(
     in_space: Rows,
     real: Pairs,
     alignment: str | None,
-    *,
-    fold_sampled: bool,
+    scale: float | None,
 ) -> _Items:
-    """Tonight's items as the top of this file says."""
+    """Tonight's items as the top of this file says; scale: of what is folded in from sampled users only (None: retrained)."""
     found = _Items.none_yet(len(in_space), users.shape[1])
     midnight = night.run.midnight
     known = np.flatnonzero(in_space >= 0)
@@ -231,7 +201,7 @@ def _items(
     place = in_space[known]
     found.put(known, space.items[place], "cf", space.interactions[place], trained_on)
     sampled_items = _sampled_items(night)
-    if not fold_sampled:
+    if scale is None:
         found.source[known] = np.where(sampled_items[known], "sampled", found.source[known])
     else:
         found.source[sampled_items] = None
@@ -246,7 +216,7 @@ def _items(
     real = Pairs(real.users[real_mine], real.items[real_mine], real.weights[real_mine])
     # A sampled item's few real pairs are interactions like any other; what is only probable counts by its share.
     weights = np.where(sampled_items[real.items], 1.0, real.weights)
-    sampled = _without(night.shares, real, len(users))
+    sampled = _without(night.sampled.shares, real, len(users))
     sampled_mine = left[sampled.items] & with_vector[sampled.users]
     user = np.concatenate([real.users, sampled.users[sampled_mine]])
     item = np.concatenate([real.items, sampled.items[sampled_mine]])
@@ -256,9 +226,8 @@ def _items(
     # The Gram matrix is of the space's own users: a vector must not depend on who else is new tonight.
     csr = to_csr(row, user, weights, len(rows))
     shares = to_csr(row, user, shares, len(rows))[2]
-    vectors = _fold(space, users, csr, "item_scale", gram(space.users), shares)
-    # A few interactions give the best direction but a short vector, which ranks too low among warm items.
-    vectors[np.isin(rows, real.items, invert=True)] *= np.float32(night.run.settings.refresh.scale)
+    vectors = space.fold_in(users, csr, "item_scale", gram(space.users), shares)
+    vectors[np.isin(rows, real.items, invert=True)] *= np.float32(scale)
     source = np.where(sampled_items[rows], "sampled", "cf").astype(object)
     found.put(rows, vectors, source, np.bincount(real.items, minlength=len(in_space))[rows], midnight)
     _place_by_text(night, space, found)
@@ -312,7 +281,7 @@ def _write(night: _Night, out: Staging, space: Space, users: Matrix, items: _Ite
 
     there = np.array([source is not None for source in items.source], bool)
     with_vector = np.asarray(users.any(1))
-    sampled = {name: night.sampled_rows[name] for name in ("item_id", "user_id", "rank", "probability", "propensity")}
+    sampled = {name: night.sampled.rows[name] for name in ("item_id", "user_id", "rank", "probability", "propensity")}
     embedded = {
         "item_id": night.item_ids.filter(pa.array(there)),
         "embedding": to_column(items.vectors[there]),

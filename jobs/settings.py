@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -164,8 +164,10 @@ class Refresh(_Section):
     interactions: float = Field(
         15.0, gt=0, description="fold_in by probability: how many interactions an item's users stand for together"
     )
-    scale: float = Field(
-        1.0, gt=0, description="fold_in: length of the vector of an item without real interactions, times this"
+    scale: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
+        "auto",
+        description="fold_in: length of the vector of an item without real interactions, times this; auto: as much as makes "
+        "warm items that FilterLLM has not seen as long as CF made them",
     )
 
 

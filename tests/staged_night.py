@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from jobs import cf, refresh
 from jobs.run import OUTPUTS, Run, execute
@@ -87,10 +88,11 @@ def refreshed(
     sampled: dict[str, list[tuple[str, float]]],
     cold: tuple[str, ...] = (),
     texts: dict[str, list[float]] | None = None,
+    held_out: tuple[str, ...] = (),
 ) -> tuple[dict[str, Any], cf.Space]:
     """Run cf and refresh on staged tables: facts of refresh, and the night's space of stage cf.
 
-    `sampled`: FilterLLM's users of cold items, with their probabilities.
+    `sampled`: FilterLLM's users of cold items, and of the warm ones `held_out`, with their probabilities.
     """
     snapshot(run, pairs, cold, texts)
     chosen = execute(run, "cf", cf.run)
@@ -104,7 +106,9 @@ def refreshed(
     names = ("item_id", "user_id", "rank", "probability", "propensity")
     columns = {name: pa.array([r[name] for r in rows], contract.column(name).arrow_type) for name in names}
     scored = run.staging("filterllm_score")
-    scored.write("sampled", pa.table(columns))
+    table, held = pa.table(columns), pa.array([row["item_id"] in held_out for row in rows], pa.bool_())
+    scored.write("sampled", table.filter(pc.invert(held)))
+    scored.write("held_out", table.filter(held))
     scored.complete({"model_version": "m1", "items": len(sampled), "rows": len(rows)})
     return execute(run, "refresh", refresh.run), cf.load_space(run, chosen["space_version"])
 

@@ -167,13 +167,16 @@ def test_what_is_asked(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(another.asked.candidates, few.asked.candidates)
 
 
-def test_the_text_encoder_finds_the_topic(shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("model", ["llm", "words", "llm+words-128"])
+def test_the_text_encoder_finds_the_topic(
+    model: str, shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Titles of a topic share a word, so their mean is nearest to another one of it: wiring that mixes items up would show."""
     monkeypatch.setenv("COLD_REFRESH_DATA", str(shop))
     data = allmrec_data.read("amazon-beauty")
     division = allmrec_data.divide(data, None, 7, 0, 5)
-    options = Options(ranker="text", text_model=str(shop / "llm"))
-    found = allmrec_cells.cell(options, tmp_path, data, division, 7, "all", None)
+    named = "+".join(str(shop / "llm") if name == "llm" else name for name in model.split("+"))
+    found = allmrec_cells.cell(Options(ranker="text", text_model=named), tmp_path, data, division, 7, "all", None)
     options = Options(ranker="random")
     floor = allmrec_cells.cell(options, tmp_path, data, division, 7, "all", None)
     assert found is not None

@@ -133,6 +133,12 @@ def test_new_items_go_to_the_users_of_their_topic(lake: Path) -> None:
     assert ((p > 0) & (p <= 1)).all()
     assert (np.diff(p, axis=1) <= 0).all()
     assert set(sampled["propensity"].to_pylist()) == {"top_k"}
+    # What training was validated on gets users too: the refresh takes the length of cold vectors from it.
+    held = run.staging("filterllm_score").read("held_out")
+    assert pc.count_distinct(held["item_id"]).as_py() == facts["held_out"] == train(run)["validation_items"]
+    labels = run.staging("snapshot").read("items_labelled", ["item_id", "label"])
+    warm = labels.filter(pc.equal(labels["label"], "warm"))["item_id"]
+    assert pc.all(pc.is_in(held["item_id"], value_set=warm.combine_chunks())).as_py()
     topics = [i.split("-")[0] == u.split("-")[0] for i, u in zip(sampled["item_id"].to_pylist(), sampled["user_id"].to_pylist(), strict=True)]  # fmt: skip  # noqa: E501
     assert np.mean(topics) > 0.8
     # Against the dense distribution, from the saved model.
@@ -174,7 +180,8 @@ def test_only_new_and_changed_items_are_scored(lake: Path) -> None:
     sampling = {"k": 7}
     facts, before = score(night(lake, sampling=sampling))
     assert (facts["scored"], facts["reused"]) == (12, 0)
-    facts, again = score(night(lake, sampling=sampling))
+    facts, again = score(night(lake, sampling=sampling, refresh={"scale": 2.0}))
+    assert facts["held_out"] == 0  # nothing is measured by them
     assert (facts["scored"], facts["reused"]) == (0, 12)
     assert again.equals(before)
     facts, changed = score(night(lake, sampling=sampling, texts={"tea-new-1": "chess pieces of wood, a chess clock"}))
@@ -209,7 +216,8 @@ def test_a_killed_run_goes_on_and_shards_do_not_matter(lake: Path, draw: str) ->
     commits = killed.lake.version("item_scores")
     facts = execute(killed, "filterllm_score", filterllm_score.run)
     assert (facts["scored"], facts["reused"]) == (7, 5)
-    assert killed.lake.version("item_scores") == commits + 2  # 5 and 2 items
+    left = 7 + facts["held_out"]
+    assert killed.lake.version("item_scores") == commits + -(-left // 5)  # shards of 5 items
     sampled = killed.staging("filterllm_score").read("sampled")
     # The cache emptied, everything is found again in other shards and tiles.
     killed.lake.table("item_scores").delete(f"scoring_version = '{version}'")

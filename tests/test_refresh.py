@@ -108,6 +108,27 @@ def test_cold_items_are_folded_in_and_the_space_stays_bit_for_bit(by_probability
     assert kept.equals(run.staging("filterllm_score").read("sampled").cast(kept.schema))
 
 
+@pytest.mark.parametrize("held", [12, 9])
+def test_lengths_are_measured_on_items_that_training_left_out(held: int, tmp_path: Path) -> None:
+    run = run_of(tmp_path, DAY)
+    names = sorted({item for _, item in blocks()})[:held]
+    told = {name: [(f"u{name[1]}-{k}", p) for k, p in ((0, 0.4), (1, 0.1))] for name in names}
+    facts, space = refreshed(run, blocks(), {**SAMPLED, **told}, ("new-0", "new-1"), held_out=tuple(names))
+    items = _by_id(run.staging("refresh").read("item_embeddings"))
+
+    def folded(users: list[tuple[str, float]]) -> np.ndarray:
+        whole = sum(p for _, p in users)
+        return _reference(space, {user: 15 * p / whole for user, p in users})
+
+    trained = [np.linalg.norm(space.items[space.item_ids.index(name)]) for name in names]
+    expected = np.median(trained) / np.median([np.linalg.norm(folded(told[name])) for name in names])
+    assert facts["scale"] == pytest.approx(expected if held >= 10 else 1.0, rel=1e-5)
+    assert abs(expected - 1) > 0.05
+    np.testing.assert_allclose(items["new-1"]["embedding"], facts["scale"] * folded(SAMPLED["new-1"]), rtol=1e-4)
+    assert facts["sources"] == {"cf": 18, "sampled": 2}
+    assert run.staging("refresh").read("sampled_interactions")["item_id"].unique().to_pylist() == ["new-0", "new-1"]
+
+
 @pytest.mark.parametrize("way", ["sampled", "llminit"])
 def test_a_cold_item_s_start_is_what_is_left_or_the_way(way: str, tmp_path: Path) -> None:
     pairs = {**blocks(), ("u0-1", "new-0"): 1.0}

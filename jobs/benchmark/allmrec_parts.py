@@ -26,6 +26,7 @@ from udfs import (
     allmrec_reader_training,
     backbone,
     cf_model,
+    hashed_words,
     lora,
     ncf,
     sampled_ranking,
@@ -38,6 +39,7 @@ from udfs.backbone import Backbone, MatrixBackbone
 from udfs.cf_model import CfParams, Pairs
 from udfs.filterllm_checkpoint import Checkpoints
 from udfs.filterllm_items import FrozenTexts
+from udfs.hashed_words import HashedWords
 from udfs.model_files import ModelFiles, find_model
 from udfs.text_encoder import TextEncoder
 from udfs.vectors import Matrix
@@ -177,20 +179,28 @@ class Parts:
     def texts(self, options: Options, corpus: Corpus | None = None, adapted: Part | None = None) -> tuple[Matrix, Part]:
         """[I, width]: embeddings of the texts of this corpus or another one, perhaps with trained adapters."""
         corpus = corpus or self.corpus
-        made_of = [model_of(options.text_model).identity, _TEXT_TOKENS, identity(corpus.texts)]
+        widths = {name: hashed_words.width_of(name) for name in options.text_model.split("+")}
+        known = [hashed_words.version(w, _TEXT_TOKENS) if w else model_of(name).identity for name, w in widths.items()]
+        made_of = ["+".join(known), _TEXT_TOKENS, identity(corpus.texts)]
 
         def make(checkpoints: Checkpoints) -> dict[str, bytes]:
-            encoder = self._encoder(options)
-            if adapted:
-                lora.merge(encoder, adapted.files)
-            return {"texts.safetensors": safetensors.numpy.save({"texts": encoder.encode(corpus.texts)})}
+            side_by_side = []
+            for name, width in widths.items():
+                if width:
+                    side_by_side.append(HashedWords(width, _TEXT_TOKENS).encode(corpus.texts))
+                    continue
+                encoder = self._encoder(options, name)
+                if adapted:
+                    lora.merge(encoder, adapted.files)
+                side_by_side.append(encoder.encode(corpus.texts))
+            return {"texts.safetensors": safetensors.numpy.save({"texts": np.concatenate(side_by_side, axis=1)})}
 
         part = self._part("texts", made_of, [adapted] if adapted else [], make)
         return safetensors.numpy.load(part.files["texts.safetensors"])["texts"], part
 
-    def _encoder(self, options: Options) -> TextEncoder:
+    def _encoder(self, options: Options, name: str) -> TextEncoder:
         return TextEncoder(
-            model_of(options.text_model).directory,
+            model_of(name).directory,
             max_tokens=_TEXT_TOKENS,
             batch_tokens=2048,
             device=options.device,
@@ -241,7 +251,7 @@ class Parts:
             return allmrec_alignment.load(aligned.files), aligned, None
 
         def tune(checkpoints: Checkpoints) -> dict[str, bytes]:
-            encoder = self._encoder(options)
+            encoder = self._encoder(options, options.text_model)
             lora.attach(encoder, **_LORA, seed=self.seed, targets="all_linear")  # type: ignore[arg-type]
             joint = allmrec_alignment.load(aligned.files)
             longer = replace(how, epochs=options.tuned_epochs, patience=options.tuned_epochs)

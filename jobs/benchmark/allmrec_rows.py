@@ -78,10 +78,15 @@ ROWS = (
     *(Row(name, {"ranker": "backbone", "backbone": kind}) for name, kind in _BACKBONES.items()),
     Row("LLM only", {"ranker": "reader", "user": False, "items": False}),
     Row("text encoder only", {"ranker": "text"}),
+    Row("text encoder only, MiniLM + words", {"ranker": "text", "text_model": "minilm+words"}),
     Row("stage 1 only", {"ranker": "stage 1"}),
     Row("stage 1 only, frozen encoder", {"ranker": "stage 1", "tuned": False}),
     # text_recommendation, which the paper does not have: f_I^dec(q_i) itself learns to rank.
     Row("stage 1 only, frozen encoder, text taught to rank", {"ranker": "stage 1", "tuned": False, "text_recommendation": 1.0}),
+    Row(
+        "stage 1 only, MiniLM + words, text taught to rank",
+        {"ranker": "stage 1", "tuned": False, "text_recommendation": 1.0, "text_model": "minilm+words"},
+    ),
     Row("A-LLMRec"),
     Row("without match", {"match": "none"}),
     Row("without reconstruction", {"reconstruction": False}),
