@@ -89,6 +89,26 @@ def test_the_text_side_of_cold_items_finds_their_users(weights: Weights, config:
     assert precision(scores[:, COLD:], of_item[COLD:], of_user) > 0.97
 
 
+def test_scores_that_are_no_logits_are_scaled_to_some():
+    """ALS predicts about 0 and 1; the same world with users a twentieth as long is learnt in the same way."""
+    found = []
+    for length in (1.0, 0.05):
+        e, q, _, _, examples = world()
+        model, warm = alignment.build(Config(D, TEXT, joint=32), seed=1), np.arange(COLD, ITEMS)
+        model.standardise(e[warm], q[warm])
+        short = replace(examples, users=length * examples.users)
+        facts = train(model, FrozenTexts(q), e, short, warm, replace(FAST, epochs=3), lambda line: None)
+        found.append((facts["logit_scale"] * length, model.decoded(model.joint(e, q, np.arange(ITEMS) < COLD))))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-3)
+    np.testing.assert_allclose(found[0][1], found[1][1], atol=1e-3)
+    # The scale is where the loss has no slope: the mean of (1 - p(positive)) x_u . E+ is that of p(negative) x_u . E-.
+    users, items, choices = examples.users, world()[0], examples.draw(warm, 1, FAST.seed)
+    scores = np.einsum("nd,ncd->nc", users, items[choices]).astype(np.float64)
+    p = 1 / (1 + np.exp(-found[0][0] * scores))
+    slope = ((1 - p[:, 0]) * scores[:, 0]).mean() - (p[:, 1] * scores[:, 1]).mean()
+    assert abs(slope) < 0.05 * np.abs(scores).mean()
+
+
 def test_without_matching_the_text_side_says_nothing_to_users():
     model, _, joint, of_item, of_user, examples = fitted(replace(FAST, weights=Weights(match="none")))
     scores = examples.users @ model.decoded(joint).T

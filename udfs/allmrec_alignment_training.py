@@ -7,11 +7,12 @@ an encoder that is trained along (LoraTexts, with adapters or with all of its we
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from scipy.optimize import minimize_scalar
 from torch import nn
 
 from udfs import epochs
@@ -25,6 +26,8 @@ from udfs.vectors import Matrix
 
 # Texts that a trained encoder reads at a time, outside of training.
 _TEXTS = 256
+# Examples that tell how large a logit the CF model's scores are.
+_SCALED_BY = 10_000
 _SHOWN = ("match", "item", "text", "recommendation", "text_recommendation")
 
 
@@ -69,7 +72,7 @@ def train(
         checkpoints: as in `udfs.epochs.run`.
 
     Returns:
-        Facts, as of `udfs.epochs.run`; the validation is higher for a better model, the loss negated.
+        Facts, as of `udfs.epochs.run`, and `logit_scale`; the validation is higher for a better model, the loss negated.
 
     Raises:
         AllmrecError: no example, or too few items in the pool.
@@ -78,6 +81,7 @@ def train(
     if not len(examples):
         raise AllmrecError("the alignment has no examples to learn from: no user has an item that came after another")
     whole = nn.ModuleDict({"alignment": model, "texts": texts})
+    scale = logit_scale(examples, items, pool, options.seed)
     optimizer = _optimizer(model, texts, options)
 
     def epoch(seed: int) -> float:
@@ -86,7 +90,7 @@ def train(
         sums: dict[str, float | torch.Tensor] = {}
         for start in range(0, len(order), options.batch_size):
             rows = order[start : start + options.batch_size]
-            parts = _losses(model, texts, items, examples.users[rows], triples[rows], options.weights)
+            parts = _losses(model, texts, items, scale * examples.users[rows], triples[rows], options.weights)
             loss = total(parts, options.weights)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -99,12 +103,34 @@ def train(
 
     measure = None
     if validation is not None and len(validation):
-        measure = _measure(model, texts, items, validation, pool, options)
+        measure = _measure(model, texts, items, replace(validation, users=scale * validation.users), pool, options)
     start = [p.detach().cpu().numpy() for p in whole.parameters()] + [b.cpu().numpy() for b in whole.buffers()]
     facts = ["alignment", asdict(options), asdict(model.config)]
     others = validation.arrays() if validation else []
     key = identity(facts, items, pool, *examples.arrays(), *others, *start)
-    return epochs.run(whole, optimizer, epoch, options, log, measure, checkpoints, key)
+    return {**epochs.run(whole, optimizer, epoch, options, log, measure, checkpoints, key), "logit_scale": float(scale)}
+
+
+def logit_scale(examples: Examples, items: Matrix, pool: Ints, seed: int) -> np.float32:
+    """The s for which s x_u . E_i, the CF model's own scores, are the best logits of positives against negatives.
+
+    The recommendation loss takes x_u . e for a logit. It is one (s near 1) if the CF model was trained by such a loss; ALS
+    scores lie between 0 and 1, of which the loss would learn next to nothing.
+    """
+    most = np.random.Generator(np.random.Philox(seed)).permutation(len(examples))[:_SCALED_BY]
+    part = Examples(
+        examples.users[most],
+        examples.histories.take(most),
+        examples.positives[most],
+        (examples.seen or examples.histories).take(most),
+    )
+    scores = inner_products(part.users, items, part.draw(pool, 1, seed)).astype(np.float64)
+
+    def loss(log_scale: float) -> float:
+        logits = np.exp(log_scale) * scores
+        return float(np.logaddexp(0, -logits[:, 0]).mean() + np.logaddexp(0, logits[:, 1]).mean())
+
+    return np.float32(np.exp(minimize_scalar(loss, bounds=(np.log(0.1), np.log(100)), method="bounded").x))
 
 
 @torch.no_grad()
