@@ -21,6 +21,9 @@ from udfs.vectors import Matrix
 METRICS = ("Hit@1", "NDCG@10", "HR@10")
 # Users whose candidates the language model reads between two signs of progress.
 _USERS = 32
+_STAGE_1 = ("stage 1", "stage 1 with text")
+# Of the text similarity beside the first stage's score, both of standard deviation 1.
+_FACTORS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 
 
 def groups(options: Options, scenario: str, others: list[str]) -> list[str]:
@@ -30,14 +33,14 @@ def groups(options: Options, scenario: str, others: list[str]) -> list[str]:
     the items of its own domain; one of user numbers, only users that it was trained on.
     """
     untrained = options.ranker in ("random", "text") or not (options.user or options.items)
+    learnt = options.ranker in ("backbone", *_STAGE_1, "reader") and not untrained
     sequential = options.backbone in SEQUENCE_MODELS
     if scenario == "all":
-        learnt = options.ranker in ("backbone", "stage 1", "reader") and not untrained
         return [name for name in others if sequential or not learnt or name != "cold users"]
     if scenario == "cross-domain":
-        joined = options.ranker in ("stage 1", "reader") and sequential
+        joined = options.ranker in (*_STAGE_1, "reader") and sequential
         return others if untrained or joined else []
-    return others if options.ranker in ("backbone", "stage 1", "reader") and sequential and not untrained else []
+    return others if learnt and sequential else []
 
 
 def cell(
@@ -89,9 +92,18 @@ def _scores(options: Options, parts: Parts, asked: Asked, other: Corpus | None) 
     if options.ranker == "backbone":
         model, trained = parts.backbone(options)
         return lambda: model.score(asked.users, asked.histories, asked.candidates), trained.cost
-    if options.ranker == "stage 1":
+    if options.ranker in _STAGE_1:
         model, decoded, _, cost = _joined(options, parts, other)
-        return lambda: inner_products(model.users(asked.users, asked.histories), decoded, asked.candidates), cost
+        weight = _text_weight(options, parts) if options.ranker == "stage 1 with text" else 0.0
+
+        def both() -> Matrix:
+            scores = inner_products(model.users(asked.users, asked.histories), decoded, asked.candidates)
+            if weight:
+                q, _ = parts.texts(options, corpus)
+                scores += weight * inner_products(_means(q, asked.histories), q, asked.candidates)
+            return scores
+
+        return both, cost
     reader, joint, part = parts.reader(options)
     cost, users = part.cost, np.zeros((len(asked.users), 1), np.float32)
     if options.user or options.items:
@@ -114,6 +126,19 @@ def _scores(options: Options, parts: Parts, asked: Asked, other: Corpus | None) 
         return found
 
     return read, cost
+
+
+def _text_weight(options: Options, parts: Parts) -> float:
+    """What the text similarity counts beside the first stage's score: the best of a few for the validation items."""
+    model, decoded, _, _ = _joined(options, parts, None)
+    texts, _ = parts.texts(options)
+    asked = allmrec_data.validation(parts.division, model)
+    candidates = asked.draw(np.arange(len(texts)), 19, parts.seed)
+    stage_1 = inner_products(asked.users, decoded, candidates)
+    similar = inner_products(_means(texts, asked.histories), texts, candidates)
+    weights = [factor * float(stage_1.std() / similar.std()) for factor in _FACTORS]
+    found = [float(ndcg(ranks(stage_1 + weight * similar), 10).mean()) for weight in weights]
+    return weights[int(np.argmax(found))]
 
 
 def _joined(options: Options, parts: Parts, other: Corpus | None) -> tuple[Backbone, Matrix, Matrix, Cost]:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 #: random; popularity; the CF model's own score; text: mean of the history's texts . the candidate's; stage 1: x_u . f_I^dec of
-#: the joint vector; reader: the language model's likelihood of the title.
-Ranker = Literal["random", "popularity", "backbone", "text", "stage 1", "reader"]
+#: the joint vector; with text: both, weighed by the validation items; reader: the language model's likelihood of the title.
+Ranker = Literal["random", "popularity", "backbone", "text", "stage 1", "stage 1 with text", "reader"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,11 @@ ROWS = (
     Row(
         "stage 1 only, MiniLM + words, text taught to rank",
         {"ranker": "stage 1", "tuned": False, "text_recommendation": 1.0, "text_model": "minilm+words"},
+    ),
+    # What the second stage has to beat: no language model reads the titles, their vectors are compared.
+    Row(
+        "stage 1 with text, MiniLM + words, text taught to rank",
+        {"ranker": "stage 1 with text", "tuned": False, "text_recommendation": 1.0, "text_model": "minilm+words"},
     ),
     Row("A-LLMRec"),
     Row("without match", {"match": "none"}),
