@@ -28,8 +28,11 @@ from udfs.sequences import Ints, Sequences
 from udfs.vectors import Matrix
 
 KIND = "alignments"
+_DEFINITION = "2"  # raise it when other vectors come from the same settings
 # Of the items that are held out: others that an item is ranked among, and the pairs that are asked for, at most.
 _NEGATIVES, _VALIDATION = 99, 10_000
+# Fewer of them than this say too little of a length.
+_ENOUGH = 10
 
 
 def for_space(run: Run, space: Space) -> str:
@@ -47,11 +50,16 @@ def for_space(run: Run, space: Space) -> str:
 
 
 def vectors(run: Run, version: str, shas: list[str]) -> Matrix:
-    """The CF vectors [len(shas), d] of texts by alignment `version`."""
+    """The CF vectors [len(shas), d] of texts by alignment `version`, as long as CF makes those of items (its fact `length`)."""
     model, facts = load(run, version), run.artifact(KIND, version).facts()
     q = text_embeddings.load(run, shas, facts["encoder_version"])
-    absent = np.zeros((len(shas), model.config.dimension), np.float32)
-    return model.decoded(model.joint(absent, q, np.ones(len(shas), np.bool_)))
+    return np.float32(facts["length"]) * _decoded(model, q)
+
+
+def _decoded(model: Alignment, texts: Matrix) -> Matrix:
+    """f_I^dec(f_T^enc(q_i)) [n, d]."""
+    absent = np.zeros((len(texts), model.config.dimension), np.float32)
+    return model.decoded(model.joint(absent, texts, np.ones(len(texts), np.bool_)))
 
 
 def load(run: Run, version: str) -> Alignment:
@@ -86,7 +94,7 @@ def find(run: Run, night: Night, encoder_version: str, side: Side) -> str:
 
 def _identity(run: Run, cf_version: str, encoder_version: str) -> dict[str, str]:
     conf = allmrec_artifacts.conf_digest(run.settings.allmrec.alignment, run.settings.seed)
-    return {"cf_version": cf_version, "encoder_version": encoder_version, "conf": conf}
+    return {"cf_version": cf_version, "encoder_version": encoder_version, "conf": conf, "definition": _DEFINITION}
 
 
 @dataclass(frozen=True)
@@ -180,8 +188,13 @@ def _fit(run: Run, world: _World, artifact: Staging, checkpoints: Checkpoints) -
     )
     allmrec_artifacts.write(artifact, allmrec_alignment.dump(model))
     found.pop("history")
+    held = np.flatnonzero(~in_pool)
+    decoded = np.linalg.norm(_decoded(model, world.texts[held]), axis=1)
+    trained = np.linalg.norm(world.items[held], axis=1)
     return {
         "items": len(world.items),
+        # Ranking losses care little how long a vector is, but rankers compare it with those of warm items.
+        "length": float(np.median(trained) / np.median(decoded)) if len(held) >= _ENOUGH else 1.0,
         "examples": len(world.examples),
         "validation_ndcg": found.pop("validation"),
         **found,

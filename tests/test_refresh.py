@@ -16,6 +16,7 @@ from jobs import allmrec_alignment, cf, cf_start, refresh
 from jobs.run import OUTPUTS, Run, execute
 from schemas.table import table as schema
 from tests.staged_night import Pair, blocks, publish, refreshed, run_of, snapshot
+from udfs.filterllm_items import held_out
 from udfs.fold_in import fold_in, gram
 from udfs.vectors import from_column
 
@@ -208,6 +209,22 @@ def test_a_cold_item_is_where_its_text_is_decoded_to(tmp_path: Path, monkeypatch
     assert execute(run, "refresh", refresh.run)["alignment_version"] == version
     assert artifact.read_bytes("model.safetensors") == files
     assert len(epochs) == 2 * 4
+
+
+def test_a_decoded_text_is_as_long_as_cf_makes_items(tmp_path: Path) -> None:
+    texts = {item: np.eye(5)[int(item[1])].tolist() for item in sorted({i for _, i in blocks()})} | {"new-0": [1.0] * 5}
+    aligned = {"alignment": {**ALIGNED["alignment"], "validation_share": 0.6}}
+    run = run_of(tmp_path, DAY, cf=BPR, refresh={"cold": "allmrec"}, allmrec=aligned)
+    facts, tables, space = _night(run, blocks(), {}, ("new-0",), texts)
+    version = facts["alignment_version"]
+    names = [name for name, out in zip(space.item_ids, held_out(space.item_ids, 0.6, 7), strict=True) if out]
+    assert len(names) >= 10
+    trained = np.median(np.linalg.norm(space.items[[space.item_ids.index(name) for name in names]], axis=1))
+    decoded = np.linalg.norm(allmrec_alignment.vectors(run, version, [f"sha-{name}" for name in names]), axis=1)
+    assert np.median(decoded) == pytest.approx(trained, rel=1e-5)
+    assert run.artifact("alignments", version).facts()["length"] != pytest.approx(1.0, rel=1e-2)
+    (mine,) = allmrec_alignment.vectors(run, version, ["sha-new-0"])
+    np.testing.assert_array_equal(_by_id(tables["item_embeddings"])["new-0"]["embedding"], mine)
 
 
 def test_refresh_users_cuts_what_is_used_not_what_is_published(tmp_path: Path) -> None:
