@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from jobs.benchmark.quality import Measured
 
 _RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 10.0)
-_INTERACTIONS = (2.0, 5.0, 15.0)
+_INTERACTIONS = (1.0, 2.0, 5.0, 15.0)
+_LENGTHS = (0.5, 1.0, 1.6, 3.0, 6.0, 10.0)
 
 
 def cf_on_warm_only(night: Measured) -> None:
@@ -99,10 +100,16 @@ def _folded(night: Measured, users: np.ndarray, rows: np.ndarray, weights: np.nd
 
 
 def _tuned(night: Measured, options: dict[float, np.ndarray], name: str) -> np.ndarray:
-    """The vectors that rank best on the validation part (overall); of the first option where there is none."""
+    """The vectors that rank cold items best on the validation part, as long as makes them best among all items, as
+    refresh.scale does for a night's own; those of the first option where there is no validation part.
+    """
     if "val" not in night.parts:
         return next(iter(options.values()))
-    scores = {key: night.vectors("val", vectors).get("overall ndcg@20", 0.0) for key, vectors in options.items()}
-    best = max(scores, key=lambda key: scores[key])
-    log(f"[benchmark] {name}: {best:g} is best on the validation part of {scores}")
-    return options[best]
+
+    def best(choices: dict[float, np.ndarray], split: str) -> float:
+        scores = {key: night.vectors("val", vectors).get(f"{split} ndcg@20", 0.0) for key, vectors in choices.items()}
+        log(f"[benchmark] {name}, {split}: of {scores}")
+        return max(scores, key=lambda key: scores[key])
+
+    chosen = options[best(options, "cold")]
+    return chosen * np.float32(best({length: chosen * np.float32(length) for length in _LENGTHS}, "overall"))
