@@ -58,7 +58,7 @@ def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def night(lake: Path, language_model: Path, **allmrec: Any) -> Run:
     """A published night: users of a block buy its items, whose texts say the block; `loner` is tied to nobody."""
     reader = {
-        "model": str(language_model), "epochs": 30, "learning_rate": 1e-2, "batch_size": 8, "negatives": 4,
+        "model": str(language_model), "epochs": 45, "learning_rate": 1e-2, "batch_size": 8, "negatives": 4,
         "history": 3, "title_tokens": 4, "shard_users": 3,
     }  # fmt: skip
     alignment = {"epochs": 15, "patience": 15, "learning_rate": 1e-2, "stop_by": "loss", "joint": 16}
