@@ -100,16 +100,16 @@ def _folded(night: Measured, users: np.ndarray, rows: np.ndarray, weights: np.nd
 
 
 def _tuned(night: Measured, options: dict[float, np.ndarray], name: str) -> np.ndarray:
-    """The vectors that rank cold items best on the validation part, as long as makes them best among all items, as
-    refresh.scale does for a night's own; those of the first option where there is no validation part.
+    """The vectors, and the length of them, that rank best among all items on the validation part, as refresh.scale may for a
+    night's own; those of the first option where there is no validation part.
     """
     if "val" not in night.parts:
         return next(iter(options.values()))
-
-    def best(choices: dict[float, np.ndarray], split: str) -> float:
-        scores = {key: night.vectors("val", vectors).get(f"{split} ndcg@20", 0.0) for key, vectors in choices.items()}
-        log(f"[benchmark] {name}, {split}: of {scores}")
-        return max(scores, key=lambda key: scores[key])
-
-    chosen = options[best(options, "cold")]
-    return chosen * np.float32(best({length: chosen * np.float32(length) for length in _LENGTHS}, "overall"))
+    scores = {
+        (key, length): night.vectors("val", vectors * np.float32(length)).get("overall ndcg@20", 0.0)
+        for key, vectors in options.items()
+        for length in _LENGTHS
+    }
+    key, length = max(scores, key=lambda choice: scores[choice])
+    log(f"[benchmark] {name}: {key:g} with {length:g} times the length is best on the validation part of {scores}")
+    return options[key] * np.float32(length)
