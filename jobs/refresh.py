@@ -110,10 +110,10 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
     real = _real_pairs(night, space.facts["binary"], in_space < 0, needs if retrain else needs | _sampled_items(night))
     users = _users(space, in_space, items_in_space, real)
     alignment = allmrec_alignment.for_space(run, space) if run.settings.refresh.cold == "allmrec" else None
-    scale = None if retrain else 1.0
+    scale = 1.0
     if night.sampled.rows.num_rows and not retrain:
         scale = sampled_users.scale(run, space, users, night.user_ids, night.item_ids, items_in_space)
-    items = _items(night, space, users, items_in_space, real, alignment, scale)
+    items = _items(night, space, users, items_in_space, real, alignment, scale, fold_sampled=not retrain)
     facts = _write(night, out, space, users, items)
     return {
         **facts,
@@ -191,9 +191,11 @@ def _items(
     in_space: Rows,
     real: Pairs,
     alignment: str | None,
-    scale: float | None,
+    scale: float,
+    *,
+    fold_sampled: bool,
 ) -> _Items:
-    """Tonight's items as the top of this file says; scale: of what is folded in from sampled users only (None: retrained)."""
+    """Tonight's items as the top of this file says; scale: of what is folded in from sampled users alone."""
     found = _Items.none_yet(len(in_space), users.shape[1])
     midnight = night.run.midnight
     known = np.flatnonzero(in_space >= 0)
@@ -201,7 +203,7 @@ def _items(
     place = in_space[known]
     found.put(known, space.items[place], "cf", space.interactions[place], trained_on)
     sampled_items = _sampled_items(night)
-    if scale is None:
+    if not fold_sampled:
         found.source[known] = np.where(sampled_items[known], "sampled", found.source[known])
     else:
         found.source[sampled_items] = None
