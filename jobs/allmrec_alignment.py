@@ -18,12 +18,14 @@ from jobs.allmrec_backbone import Side, SpaceSide
 from jobs.allmrec_night import Mask, Night, prefixes, renumbered
 from jobs.cf import Space
 from jobs.run import Run, log
+from jobs.sampled_users import ENOUGH
 from jobs.staging import Staging
 from udfs import allmrec_alignment, allmrec_alignment_training
 from udfs.allmrec_alignment import Alignment, Config, Weights
 from udfs.allmrec_examples import AllmrecError, Examples
 from udfs.filterllm_checkpoint import Checkpoints
 from udfs.filterllm_items import FrozenTexts, held_out
+from udfs.fold_in import norm_scale
 from udfs.sequences import Ints, Sequences
 from udfs.vectors import Matrix
 
@@ -31,8 +33,6 @@ KIND = "alignments"
 _DEFINITION = "2"  # raise it when other vectors come from the same settings
 # Of the items that are held out: others that an item is ranked among, and the pairs that are asked for, at most.
 _NEGATIVES, _VALIDATION = 99, 10_000
-# Fewer of them than this say too little of a length.
-_ENOUGH = 10
 
 
 def for_space(run: Run, space: Space) -> str:
@@ -189,12 +189,11 @@ def _fit(run: Run, world: _World, artifact: Staging, checkpoints: Checkpoints) -
     allmrec_artifacts.write(artifact, allmrec_alignment.dump(model))
     found.pop("history")
     held = np.flatnonzero(~in_pool)
-    decoded = np.linalg.norm(_decoded(model, world.texts[held]), axis=1)
-    trained = np.linalg.norm(world.items[held], axis=1)
+    length = norm_scale(world.items[held], _decoded(model, world.texts[held])) if len(held) >= ENOUGH else 1.0
     return {
         "items": len(world.items),
         # Ranking losses care little how long a vector is, but rankers compare it with those of warm items.
-        "length": float(np.median(trained) / np.median(decoded)) if len(held) >= _ENOUGH else 1.0,
+        "length": length,
         "examples": len(world.examples),
         "validation_ndcg": found.pop("validation"),
         **found,

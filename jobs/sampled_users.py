@@ -17,11 +17,11 @@ import pyarrow.compute as pc
 from jobs.cf import Space
 from jobs.run import Run, log
 from udfs.cf_model import Pairs
-from udfs.fold_in import gram, to_csr
+from udfs.fold_in import gram, norm_scale, to_csr
 from udfs.vectors import Matrix
 
-# Fewer held-out items than this say too little of a length.
-_ENOUGH = 10
+#: Fewer held-out items than this say too little of a length.
+ENOUGH = 10
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def scale(
     shares = read(run, "held_out", user_ids, item_ids).shares
     there = np.asarray(users.any(1))[shares.users] & (in_space[shares.items] >= 0)
     rows, row = np.unique(shares.items[there], return_inverse=True)
-    if len(rows) < _ENOUGH:
+    if len(rows) < ENOUGH:
         log(
             f"[refresh] {len(rows)} held-out items do not tell how long cold items' vectors should be: left as they are"
         )
@@ -87,5 +87,4 @@ def scale(
     csr = to_csr(row, shares.users[there], np.ones(len(row)), len(rows))
     weights = to_csr(row, shares.users[there], shares.weights[there], len(rows))[2]
     folded = space.fold_in(users, csr, "item_scale", gram(space.users), weights)
-    lengths = [np.median(np.linalg.norm(part, axis=1)) for part in (space.items[in_space[rows]], folded)]
-    return float(lengths[0] / lengths[1])
+    return norm_scale(space.items[in_space[rows]], folded)
