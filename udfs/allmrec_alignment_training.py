@@ -118,12 +118,7 @@ def logit_scale(examples: Examples, items: Matrix, pool: Ints, seed: int) -> np.
     scores lie between 0 and 1, of which the loss would learn next to nothing.
     """
     most = np.random.Generator(np.random.Philox(seed)).permutation(len(examples))[:_SCALED_BY]
-    part = Examples(
-        examples.users[most],
-        examples.histories.take(most),
-        examples.positives[most],
-        (examples.seen or examples.histories).take(most),
-    )
+    part = examples.take(most)
     scores = inner_products(part.users, items, part.draw(pool, 1, seed)).astype(np.float64)
 
     def loss(log_scale: float) -> float:

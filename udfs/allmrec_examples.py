@@ -44,6 +44,11 @@ class Examples:
     def __len__(self) -> int:
         return len(self.positives)
 
+    def take(self, rows: Ints) -> Examples:
+        """The examples `rows`, in that order."""
+        seen = self.seen.take(rows) if self.seen else None
+        return Examples(self.users[rows], self.histories.take(rows), self.positives[rows], seen)
+
     def draw(self, pool: Ints, negatives: int, seed: int) -> Ints:
         """[n, 1 + negatives]: each positive, then different items of `pool` that are not seen, uniformly.
 

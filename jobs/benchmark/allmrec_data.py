@@ -180,6 +180,4 @@ def some(data: Examples, most: int, seed: int) -> Examples:
     if not 0 < most < len(data):
         return data
     rows = np.sort(np.random.Generator(np.random.Philox(seed)).permutation(len(data))[:most])
-    return Examples(
-        data.users[rows], data.histories.take(rows), data.positives[rows], data.seen.take(rows) if data.seen else None
-    )
+    return data.take(rows)
