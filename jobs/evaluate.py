@@ -32,6 +32,7 @@ from udfs.fold_in import to_csr
 from udfs.ranking_metrics import Scorer, Task, bootstrap, per_user
 from udfs.reliability import Reliability, reliability
 from udfs.scorers import distribution_scorer, dot_scorer
+from udfs.tfidf import tfidf
 from udfs.vectors import Matrix, from_column
 
 #: In `metrics`, the split under which the reliability curve stands: mean p and mean q of each bin, and their error.
@@ -138,7 +139,7 @@ class Systems:
                 f"run {run.run_id}: user_embeddings have {self.users.shape[1]} dimensions and item_embeddings "
                 f"{self.items.shape[1]}; they are not of one space"
             )
-        self.texts = floors.tfidf(catalog.texts)
+        self.texts = tfidf(catalog.texts)
         self._cold: tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray] | None = None
         seed = run.settings.seed
         self.user_hashes = floors.id_hashes(catalog.user_ids, seed)

@@ -16,9 +16,10 @@ import torch
 
 from jobs import cf, text_embeddings
 from jobs.run import Run
-from udfs import filterllm, filterllm_training, lora
+from udfs import filterllm, filterllm_training, lora, word_map
 from udfs.filterllm import FilterLLM, FilterLLMError
 from udfs.filterllm_checkpoint import Checkpoints
+from udfs.filterllm_items import held_out
 from udfs.filterllm_training import FrozenTexts, Items, Options
 from udfs.worker_group import Group
 
@@ -45,7 +46,7 @@ def fit(
     if group.rank == 0:
         log(f"training {version} on {len(shas)} items and {len(space.user_ids)} users ({device.type})")
     hidden = text_embeddings.load(run, shas, identity["language_model"])
-    users = space.users
+    users, vectors = space.users, items.embeddings
     if conf.vocabulary == "llm":
         # The same map for both: what CF says of a user and an item, their inner product, stays.
         users = filterllm.widened(users, hidden.shape[1], settings.seed)
@@ -90,18 +91,26 @@ def fit(
         **{name: getattr(conf, name) for name in Options.__dataclass_fields__ if name != "seed"}, seed=settings.seed
     )
     found = filterllm_training.train(model, source, items, options, log, checkpoints=Checkpoints(folder), group=group)
+    n_words = 0
     if group.rank == 0:
         artifact = run.artifact("models", version)
         artifact.clear()
         for name, body in {**filterllm.dump(model), **(lora.dump(encoder) if encoder else {})}.items():
             artifact.write_bytes(name, body)
         artifact.write("users", pa.table({"user_id": pa.array(space.user_ids, pa.string())}))
+        # Without the items that are held out: by these the refresh measures what the map is worth.
+        learnt = np.flatnonzero(~held_out(items.item_ids, conf.validation_share, settings.seed))
+        words = word_map.fit([texts[i] for i in learnt], vectors[learnt], conf.word_ridge)
+        if words is not None:
+            artifact.write("words", word_map.to_table(words))
+            n_words = len(words.words)
     return {
         # Text embeddings of adapted weights are this model's own; otherwise they are everybody's.
         "encoder_version": f"lora-{version}" if encoder else identity["language_model"],
         "lora": conf.lora,
         "users": len(space.user_ids),
         "config": asdict(model.config),
+        "words": n_words,
         **found,
     }
 

@@ -31,7 +31,7 @@ from udfs.scorer_actor import Sampling, Scorer
 
 TABLE = "item_scores"
 _STAGED = ["item_id", "user_id", "rank", "probability", "propensity"]
-# Held-out items that tell how long vectors should be.
+# Held-out items that tell how long vectors should be, and what words are worth.
 _PROBES = 1000
 # Shards whose text embeddings are read at a time.
 _READ_AHEAD = 32
@@ -39,7 +39,7 @@ _READ_AHEAD = 32
 
 def run(run: Run, out: Staging) -> dict[str, Any]:
     """Leaves the table `sampled` (item_id, user_id, rank, probability, propensity), sorted by item and rank; and `held_out`,
-    the same of warm items that the model was not trained on, if the refresh measures by them (refresh.scale auto).
+    the same of warm items that the model was not trained on, if the refresh measures by them (refresh.scale auto, refresh.words).
 
     Returns:
         items, rows: of `sampled`; scored: of them now, reused: before; held_out: items; users: who could be drawn;
@@ -91,7 +91,7 @@ def _held_out(run: Run, items: pa.Table) -> pa.Table:
     """Those of the warm items that training the model leaves out, a thousand or so at most; none if nobody asks for them."""
     refresh, conf = run.settings.refresh, run.settings.filterllm
     warm = items.filter(pc.and_(pc.equal(items["label"], "warm"), pc.is_valid(items["text_sha256"])))
-    if refresh.scale != "auto" or refresh.method != "fold_in":
+    if (refresh.scale != "auto" and refresh.words == 0) or refresh.method != "fold_in":
         return warm.slice(0, 0)
     # Who is held out is decided by a hash of the item below a share: a smaller share gives some of them.
     share = min(conf.validation_share, _PROBES / max(1, warm.num_rows))

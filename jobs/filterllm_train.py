@@ -1,7 +1,8 @@
 """Stage filterllm_train: the FilterLLM model of the night, an earlier one or one that is trained now.
 
 A model is an artifact (`_artifacts/models/<version>`): model.safetensors and config.json (udfs/filterllm.py), the table
-`users` (user_id, in the order of the vocabulary), with LoRA also the adapters (udfs/lora.py). It belongs to one embedding
+`users` (user_id, in the order of the vocabulary), the table `words` (udfs/word_map.py, learnt from the same items), with LoRA
+also the adapters (udfs/lora.py). It belongs to one embedding
 space and one language model, and its version is a hash of what it was made from. It is trained through Ray Train
 (udfs/ray_training.py) and saves its state every epoch under `_artifacts/checkpoints/<version>`: a run that was killed goes on
 from there and gives the same model.
@@ -21,8 +22,9 @@ from jobs import cf, filterllm_fit, ray_cluster
 from jobs.run import Run, log
 from jobs.settings import Settings
 from jobs.staging import Staging
-from udfs import filterllm, ray_training
+from udfs import filterllm, ray_training, word_map
 from udfs.filterllm import FilterLLM
+from udfs.word_map import WordMap
 
 _FILES = ("model.safetensors", "config.json")
 _ADAPTER = ("adapter.safetensors", "adapter.json")
@@ -82,6 +84,12 @@ def load_model(run: Run, version: str) -> FilterLLM:
 def load_adapter(run: Run, version: str) -> dict[str, bytes]:
     """The files of the adapters of model `version`, for `udfs.lora`."""
     return {name: run.artifact("models", version).read_bytes(name) for name in _ADAPTER}
+
+
+def load_words(run: Run, version: str) -> WordMap | None:
+    """The map from words to the space that was learnt with model `version`; None: no text of then holds a word."""
+    artifact = run.artifact("models", version)
+    return word_map.from_table(artifact.read("words")) if artifact.facts()["words"] else None
 
 
 def _models(run: Run, identity: dict[str, str]) -> list[tuple[date, str]]:

@@ -4,7 +4,8 @@ Method `fold_in` keeps the night's space: what was trained in it stays bit for b
 Method `retrain` trains CF again on the real pairs and FilterLLM's sampled ones together (the paper's way): every vector comes
 from that new space. Where an item's vector comes from is its `source`:
 
-- sampled: it has sampled users tonight; folded in from these, united with its few real pairs
+- sampled: it has sampled users tonight; folded in from these, united with its few real pairs. Without any real pair, what its
+  words alone say stands beside it (udfs/blend.py)
 - llminit: cold, and where its text alone places it in a space that began with cf.init=llminit: what is left for an item
   without sampled users, or the way for all cold items (refresh.cold)
 - allmrec: cold, and where A-LLMRec's alignment decodes its text to (refresh.cold; jobs/allmrec_alignment.py)
@@ -25,14 +26,17 @@ import pyarrow.compute as pc
 
 from jobs import allmrec_alignment, cf, cf_start, published, sampled_users
 from jobs.cf import Space
+from jobs.filterllm_train import load_words
 from jobs.run import Run, log
 from jobs.sampled_users import SampledUsers
 from jobs.staging import Staging
 from schemas.errors import ColdRefreshError
 from schemas.table import table as schema
+from udfs.blend import Blend
 from udfs.cf_model import Pairs
 from udfs.fold_in import gram, to_csr
 from udfs.vectors import Matrix, from_column, to_column
+from udfs.word_map import WordMap
 
 Rows = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -86,8 +90,8 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
     Returns:
         rows: table -> rows; sources: source -> items; users_folded_in; users_left_out: no item of theirs is in the space;
         items_left_out: nothing to make a vector from; sampled_dropped: rows of users or items that are gone; method;
-        model_version; alignment_version: that placed cold items, if one did; scale: of vectors that come from sampled users
-        alone (jobs/sampled_users.py); space_version, dimension, aligned_to and residual of the space that the vectors are in.
+        model_version; alignment_version: that placed cold items, if one did; scale and words: of vectors that come from sampled
+        users alone (udfs.blend.Blend); space_version, dimension, aligned_to and residual of the space that the vectors are in.
 
     Raises:
         RefreshError: a vector is not finite.
@@ -110,10 +114,12 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
     real = _real_pairs(night, space.facts["binary"], in_space < 0, needs if retrain else needs | _sampled_items(night))
     users = _users(space, in_space, items_in_space, real)
     alignment = allmrec_alignment.for_space(run, space) if run.settings.refresh.cold == "allmrec" else None
-    scale = 1.0
+    blend, words = Blend(), None
     if night.sampled.rows.num_rows and not retrain:
-        scale = sampled_users.scale(run, space, users, night.user_ids, night.item_ids, items_in_space)
-    items = _items(night, space, users, items_in_space, real, alignment, scale, fold_sampled=not retrain)
+        if run.settings.refresh.words != 0:
+            words = load_words(run, run.staging("filterllm_train").facts()["model_version"])
+        blend = sampled_users.blend(run, space, users, night.user_ids, night.item_ids, items_in_space, words)
+    items = _items(night, space, users, items_in_space, real, alignment, blend, words, fold_sampled=not retrain)
     facts = _write(night, out, space, users, items)
     return {
         **facts,
@@ -125,7 +131,8 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
         "method": run.settings.refresh.method,
         "model_version": run.staging("filterllm_train").facts()["model_version"],
         "alignment_version": alignment,
-        "scale": scale,
+        "scale": blend.scale,
+        "words": blend.words,
         "space_version": space.version,
         **{name: space.facts[name] for name in ("dimension", "aligned_to", "residual")},
     }
@@ -191,11 +198,12 @@ def _items(
     in_space: Rows,
     real: Pairs,
     alignment: str | None,
-    scale: float,
+    blend: Blend,
+    words: WordMap | None,
     *,
     fold_sampled: bool,
 ) -> _Items:
-    """Tonight's items as the top of this file says; scale: of what is folded in from sampled users alone."""
+    """Tonight's items as the top of this file says; blend: of what is folded in from sampled users alone, and its words."""
     found = _Items.none_yet(len(in_space), users.shape[1])
     midnight = night.run.midnight
     known = np.flatnonzero(in_space >= 0)
@@ -229,7 +237,11 @@ def _items(
     csr = to_csr(row, user, weights, len(rows))
     shares = to_csr(row, user, shares, len(rows))[2]
     vectors = space.fold_in(users, csr, "item_scale", gram(space.users), shares)
-    vectors[np.isin(rows, real.items, invert=True)] *= np.float32(scale)
+    alone = np.isin(rows, real.items, invert=True)
+    worded = np.zeros_like(vectors[alone])
+    if words is not None and blend.words and alone.any():
+        worded = words(sampled_users.texts(night.run, night.item_ids.take(pa.array(rows[alone]))))
+    vectors[alone] = blend(vectors[alone], worded)
     source = np.where(sampled_items[rows], "sampled", "cf").astype(object)
     found.put(rows, vectors, source, np.bincount(real.items, minlength=len(in_space))[rows], midnight)
     _place_by_text(night, space, found)

@@ -1,8 +1,9 @@
-"""FilterLLM's sampled users of items, as the refresh counts them, and how long the vectors folded in from them are made.
+"""FilterLLM's sampled users of items, as the refresh counts them, and how vectors are made of them and of the items' words.
 
 A few interactions give the best direction of a cold item's vector, and a short vector, which ranks too low among warm items.
-How much too short is measured (refresh.scale auto): warm items that FilterLLM's training did not see are given users as cold
-items are, folded in from these, and compared with the vectors that CF trained for them.
+How much too short, and how much a linear map of the text's words adds to it, is measured (refresh.scale, refresh.words: auto):
+warm items that FilterLLM's training did not see are given users as cold items are, folded in from these, and compared with the
+vectors that CF trained for them (udfs/blend.py).
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import pyarrow.compute as pc
 
 from jobs.cf import Space
 from jobs.run import Run, log
+from udfs.blend import Blend, measured
 from udfs.cf_model import Pairs
-from udfs.fold_in import gram, norm_scale, to_csr
+from udfs.fold_in import gram, to_csr
 from udfs.vectors import Matrix
+from udfs.word_map import WordMap
 
-#: Fewer held-out items than this say too little of a length.
+#: Fewer held-out items than this say too little.
 ENOUGH = 10
 
 
@@ -60,31 +63,50 @@ def read(run: Run, name: str, user_ids: pa.Array, item_ids: pa.Array) -> Sampled
     return SampledUsers(rows, pairs, Pairs(pairs.users, pairs.items, shares.astype(np.float32)))
 
 
-def scale(
-    run: Run, space: Space, users: Matrix, user_ids: pa.Array, item_ids: pa.Array, in_space: npt.NDArray[np.int64]
-) -> float:
-    """What the vectors of items without a real interaction are multiplied by: refresh.scale, or measured.
+def blend(
+    run: Run,
+    space: Space,
+    users: Matrix,
+    user_ids: pa.Array,
+    item_ids: pa.Array,
+    in_space: npt.NDArray[np.int64],
+    words: WordMap | None,
+) -> Blend:
+    """How the vectors of items without a real interaction are made: refresh.scale and refresh.words, or measured.
 
     Args:
         users: [U, d] tonight's, in the order of `user_ids`; zeros for none. in_space: [I] where each of `item_ids` is in the
-            space, -1 for nowhere.
+            space, -1 for nowhere. words: the map of the night's model; None for none.
 
     Returns:
-        Measured: the median length of the held-out items' trained vectors over that of their folded ones; 1 if they are
-        fewer than ten.
+        As udfs.blend.measured says of the held-out items; a scale of 1 and no words if they are fewer than ten.
     """
-    chosen = run.settings.refresh.scale
-    if chosen != "auto":
-        return float(chosen)
+    conf = run.settings.refresh
+    if conf.scale != "auto" and words is None:
+        return Blend(conf.scale, folded=conf.scale)
     shares = read(run, "held_out", user_ids, item_ids).shares
     there = np.asarray(users.any(1))[shares.users] & (in_space[shares.items] >= 0)
     rows, row = np.unique(shares.items[there], return_inverse=True)
     if len(rows) < ENOUGH:
         log(
-            f"[refresh] {len(rows)} held-out items do not tell how long cold items' vectors should be: left as they are"
+            f"[refresh] {len(rows)} held-out items do not tell how cold items' vectors should be made: left as they are"
         )
-        return 1.0
+        return Blend() if conf.scale == "auto" else Blend(conf.scale, folded=conf.scale)
     csr = to_csr(row, shares.users[there], np.ones(len(row)), len(rows))
     weights = to_csr(row, shares.users[there], shares.weights[there], len(rows))[2]
-    folded = space.fold_in(users, csr, "item_scale", gram(space.users), weights)
-    return norm_scale(space.items[in_space[rows]], folded)
+    gram_of_all = gram(space.users)
+    return measured(
+        space.items[in_space[rows]],
+        space.fold_in(users, csr, "item_scale", gram_of_all, weights),
+        None if words is None else words(texts(run, item_ids.take(pa.array(rows)))),
+        gram_of_all,
+        None if conf.scale == "auto" else conf.scale,
+        None if conf.words == "auto" else conf.words,
+    )
+
+
+def texts(run: Run, item_ids: pa.Array) -> list[str]:
+    """Tonight's texts of these items, in their order; empty for none."""
+    items = run.staging("snapshot").read("items_labelled", ["item_id", "content"])
+    found = items["content"].take(pc.index_in(item_ids, value_set=items["item_id"]))
+    return [text or "" for text in found.to_pylist()]

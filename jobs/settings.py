@@ -141,6 +141,9 @@ class FilterLLM(_Section):
     patience: int = Field(4, ge=1)
     stop_by: Literal["nll", "ndcg"] = Field("nll", description="which epoch is best, on the items held out")
     vocabulary_chunk: int = Field(65536, ge=1, description="users whose logits exist at a time")
+    word_ridge: float = Field(
+        1.0, gt=0, description="of the linear map from words to the space that is kept with the model (refresh.words)"
+    )
     retrain_days: int = Field(8, ge=1)
 
 
@@ -168,6 +171,11 @@ class Refresh(_Section):
         "auto",
         description="fold_in: length of the vector of an item without real interactions, times this; auto: as much as makes "
         "warm items that FilterLLM has not seen as long as CF made them",
+    )
+    words: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = Field(
+        "auto",
+        description="fold_in: share of the vector that a linear map makes of the text's words, beside the one folded in from "
+        "the sampled users; auto: what is best for warm items that neither has seen; 0: none",
     )
 
 

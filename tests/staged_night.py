@@ -15,6 +15,8 @@ from jobs import cf, refresh
 from jobs.run import OUTPUTS, Run, execute
 from jobs.settings import Settings
 from schemas.table import table as schema
+from udfs import word_map
+from udfs.word_map import WordMap
 
 Pair = tuple[str, str]
 
@@ -89,14 +91,20 @@ def refreshed(
     cold: tuple[str, ...] = (),
     texts: dict[str, list[float]] | None = None,
     held_out: tuple[str, ...] = (),
+    words: WordMap | None = None,
 ) -> tuple[dict[str, Any], cf.Space]:
     """Run cf and refresh on staged tables: facts of refresh, and the night's space of stage cf.
 
     `sampled`: FilterLLM's users of cold items, and of the warm ones `held_out`, with their probabilities.
+    `words`: the map that its model came with; an item's text is its id.
     """
     snapshot(run, pairs, cold, texts)
     chosen = execute(run, "cf", cf.run)
     run.staging("filterllm_train").complete({"model_version": "m1", "space_version": chosen["space_version"]})
+    model = run.artifact("models", "m1")
+    if words is not None:
+        model.write("words", word_map.to_table(words))
+    model.complete({"words": 0 if words is None else len(words.words)})
     rows = [
         {"item_id": item, "user_id": user, "rank": rank, "probability": p, "propensity": "top_k"}
         for item, users in sampled.items()

@@ -133,7 +133,10 @@ def test_new_items_go_to_the_users_of_their_topic(lake: Path) -> None:
     assert ((p > 0) & (p <= 1)).all()
     assert (np.diff(p, axis=1) <= 0).all()
     assert set(sampled["propensity"].to_pylist()) == {"top_k"}
-    # What training was validated on gets users too: the refresh takes the length of cold vectors from it.
+    # What training was validated on gets users too: the refresh takes from it how cold vectors are made.
+    words = filterllm_train.load_words(run, facts["model_version"])
+    assert words is not None
+    assert words.vectors.shape == (len(words.words), 8)
     held = run.staging("filterllm_score").read("held_out")
     assert pc.count_distinct(held["item_id"]).as_py() == facts["held_out"] == train(run)["validation_items"]
     labels = run.staging("snapshot").read("items_labelled", ["item_id", "label"])
@@ -180,7 +183,7 @@ def test_only_new_and_changed_items_are_scored(lake: Path) -> None:
     sampling = {"k": 7}
     facts, before = score(night(lake, sampling=sampling))
     assert (facts["scored"], facts["reused"]) == (12, 0)
-    facts, again = score(night(lake, sampling=sampling, refresh={"scale": 2.0}))
+    facts, again = score(night(lake, sampling=sampling, refresh={"scale": 2.0, "words": 0}))
     assert facts["held_out"] == 0  # nothing is measured by them
     assert (facts["scored"], facts["reused"]) == (0, 12)
     assert again.equals(before)

@@ -10,6 +10,7 @@ from scipy import sparse
 
 from udfs import floors, scorers
 from udfs.ranking_metrics import bootstrap, per_user, task, top_k
+from udfs.tfidf import tfidf
 
 
 def reference(scores, candidates, truth, known, ks):
@@ -128,7 +129,7 @@ def test_popularity_is_the_number_of_interactions():
 
 def test_text_knn_is_the_cosine_to_the_mean_of_the_history():
     texts = ["red wine bottle", "white wine bottle", "garden hose", None, "the", "sparkling wine", "green hose reel"]
-    rows = floors.tfidf(texts)
+    rows = tfidf(texts)
     history = sparse.csr_array(np.array([[1, 1, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0, 0]], bool))
     candidates = np.array([6, 5, 4])
     scores = floors.text_knn_scorer(rows, history, candidates)(np.array([0, 1, 2]))
@@ -139,7 +140,7 @@ def test_text_knn_is_the_cosine_to_the_mean_of_the_history():
     assert scores[0].argmax() == 1  # the wine
     assert scores[1].argmax() == 0  # the hose
     assert not scores[2].any()  # nothing is known of what this user likes
-    assert not floors.tfidf([None, ""]).toarray().any()
+    assert not tfidf([None, ""]).toarray().any()
 
 
 def test_dot_scores_are_minus_infinity_where_a_vector_is_missing():

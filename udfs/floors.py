@@ -43,25 +43,11 @@ def popularity_scorer(interactions: NDArray[np.int64], candidates: Ints) -> Scor
     return lambda users: np.broadcast_to(row, (len(users), len(row)))
 
 
-def tfidf(texts: Sequence[str | None]) -> sparse.csr_array:
-    """TF-IDF rows [n, terms] float32 of L2 norm 1; a missing or wordless text is a row of zeros.
-
-    Words of one letter and English stop words are left out, as are all but the 50,000 most frequent words.
-    """
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    words = TfidfVectorizer(stop_words="english", sublinear_tf=True, max_features=50_000, dtype=np.float32)
-    try:
-        return sparse.csr_array(words.fit_transform([text or "" for text in texts]))
-    except ValueError:  # no text holds a word
-        return sparse.csr_array((len(texts), 1), dtype=np.float32)
-
-
 def text_knn_scorer(rows: sparse.csr_array, history: sparse.csr_array, candidates: Ints) -> Scorer:
     """Cosine of a candidate's text to the user's profile, the mean of its training items' texts.
 
     Args:
-        rows: [I, terms] float32, as `tfidf` gives them.
+        rows: [I, terms] float32, as udfs.tfidf gives them.
         history: [U, I] of bool, the training pairs.
     """
     texts = sparse.csr_array(rows[candidates])

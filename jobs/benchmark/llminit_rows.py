@@ -66,9 +66,12 @@ ROWS = (
         Row(f"LightGCN, LLMInit variance, {name}", ("cf.model=lightgcn", _LLM, *overrides), encoders)
         for name, (overrides, encoders) in _ENCODERS.items()
     ),
-    Row(
-        "LightGCN, LLMInit PCA, MiniLM + words",
-        ("cf.model=lightgcn", _LLM, "cf.llminit.select=pca", "text.also=[words]"),
+    *(
+        Row(f"LightGCN, LLMInit PCA, {name}", ("cf.model=lightgcn", _LLM, "cf.llminit.select=pca", text), encoders)
+        for name, text, encoders in (
+            ("MiniLM + words", "text.also=[words]", ()),
+            ("mpnet", "text.model={mpnet}", ("mpnet",)),
+        )
     ),
 )
 

@@ -36,6 +36,8 @@ ROWS = (
     ),
     Row("users drawn, not the top", ("sampling.draw=sampled",)),
     Row("K = 20", ("sampling.k=20",)),
+    Row("cold items placed by users alone", ("refresh.words=0",)),
+    Row("cold items placed by users and words", ("refresh.words=auto",)),
     Row("refresh: retrained on the union", ("refresh.method=retrain",)),
     Row("CF: Spark ALS, 64 dimensions", ("cf.model=als", "cf.dimension=64")),
     Row(
@@ -58,6 +60,7 @@ ROWS = (
     Row("mpnet", ("text.model={mpnet}", "text.also=[]"), ("mpnet",)),
     Row("mpnet + words", ("text.model={mpnet}", "text.also=[words]"), ("mpnet",)),
     Row("MiniLM + mpnet", ("text.also=['{mpnet}']",), ("mpnet",)),
+    Row("MiniLM + mpnet, users and words", ("text.also=['{mpnet}']", "refresh.words=auto"), ("mpnet",)),
 )
 
 
