@@ -56,7 +56,7 @@ def refresh(settings: Settings, run_date: date, stage: str | None = None, *, tra
                 computed.append(name)
             done[name] = _execute(run, name)
     if STAGES[-1] in done:
-        _prune(run)
+        prune(run)
     elif training and stages[-1] in done:
         Staging(run.lake.path(f"_staging/{run.run_id}")).clear()  # the space and the model are artifacts
     if not training:
@@ -116,15 +116,16 @@ def _summary(run: Run, done: dict[str, dict[str, Any]], computed: list[str], sec
     }
 
 
-def _prune(run: Run) -> None:
-    """Remove the staged files of finished runs, but of the newest `keep_runs`."""
+def prune(run: Run) -> None:
+    """Remove the staged files and the index of finished runs, but of the newest `keep_runs`; their rows stay."""
     rows = run.lake.read("runs", columns=["refresh_date", "sequence", "run_id", "stage"]).to_pylist()
     finished = sorted((r["refresh_date"], r["sequence"], r["run_id"]) for r in rows if r["stage"] == STAGES[-1])
-    present = set(Staging(run.lake.path("_staging")).children())
-    for _, _, run_id in finished[: -run.settings.keep_runs]:
-        if run_id in present and run_id != run.run_id:
-            log(f"removing the staged files of run {run_id} (keep_runs is {run.settings.keep_runs})")
-            Staging(run.lake.path(f"_staging/{run_id}")).clear()
+    for place, what in (("_staging", "staged files"), ("_index", "index")):
+        present = set(Staging(run.lake.path(place)).children())
+        for _, _, run_id in finished[: -run.settings.keep_runs]:
+            if run_id in present and run_id != run.run_id:
+                log(f"removing the {what} of run {run_id} (keep_runs is {run.settings.keep_runs})")
+                Staging(run.lake.path(f"{place}/{run_id}")).clear()
 
 
 def plan(settings: Settings, run_date: date, *, training: bool = False) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from jobs.lake import Lake
 from jobs.run import Run
-from jobs.staging import Staging
+from jobs.staging import Staging, StagingError
 
 if TYPE_CHECKING:
     import faiss
@@ -128,6 +128,8 @@ def load(lake: Lake, run_id: str) -> ItemIndex:
     import faiss
 
     folder = _folder(lake, run_id)
+    if not folder.is_complete():
+        raise StagingError(f"{folder.uri} is gone: of older runs than the newest few (keep_runs) no index is kept")
     facts = folder.facts()
     index = faiss.deserialize_index(np.frombuffer(folder.read_bytes(_FILE), dtype=np.uint8))
     return ItemIndex(index, folder.read("ids")["item_id"].to_pylist(), facts)

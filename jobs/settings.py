@@ -242,7 +242,7 @@ class Settings(_Section):
     evaluate: Evaluate = Evaluate()
     ray: RayCluster = RayCluster()
     spark: Spark = Spark()
-    keep_runs: int = Field(7, ge=1, description="runs whose staged files are kept")
+    keep_runs: int = Field(7, ge=1, description="runs whose staged files and index are kept")
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 
 from jobs import gates, item_index, publish, published
+from jobs.cold_refresh import prune
 from jobs.lake import Lake, LakeError
-from jobs.run import OUTPUTS, Run, execute
+from jobs.run import OUTPUTS, STAGES, Run, execute
 from jobs.staging import StagingError
 from schemas.table import table as schema
 from tests import gated_night as night
@@ -237,8 +239,23 @@ def test_the_index_of_a_small_catalogue_is_exact_and_beside_the_tables(tmp_path:
     assert [item for item, _ in found] == [items["item_id"][int(i)].as_py() for i in best]
     np.testing.assert_allclose([score for _, score in found], scores[best], rtol=1e-5)
     os.remove(tmp_path / "_index" / run.run_id / "manifest.json")
-    with pytest.raises(StagingError, match="not complete"):
+    with pytest.raises(StagingError, match="is gone"):
         item_index.load(run.lake, run.run_id)
+
+
+def test_of_finished_nights_the_newest_keep_their_staged_files_and_index(tmp_path: Path) -> None:
+    days = [night.RUN_DATE + timedelta(days=n) for n in range(4)]
+    runs = [gated(tmp_path, run_date=day) for day in days]
+    for run in runs:
+        execute(run, "publish", publish.run)
+        if run is not runs[1]:  # this one was killed behind publish
+            run.record(STAGES[-1], {}, 0.0, {})
+    before = tables(tmp_path)
+    prune(replace(runs[3], settings=runs[3].settings.model_copy(update={"keep_runs": 2})))
+    assert tables(tmp_path) == before
+    for place in ("_staging", "_index"):
+        left = sorted(folder.name for folder in (tmp_path / place).iterdir())
+        assert left == [run.run_id for run in runs[1:]]
 
 
 def test_a_large_catalogue_gets_inverted_lists_with_measured_recall() -> None:
