@@ -100,6 +100,7 @@ def blend(
         space.fold_in(users, csr, "item_scale", gram_of_all, weights),
         None if words is None else words(texts(run, item_ids.take(pa.array(rows)))),
         gram_of_all,
+        space.interactions[in_space[rows]],
         None if conf.scale == "auto" else conf.scale,
         None if conf.words == "auto" else conf.words,
     )

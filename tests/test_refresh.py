@@ -151,8 +151,9 @@ def test_words_stand_beside_the_sampled_users(scale: Any, words: Any, tmp_path: 
 
     trained = np.stack([space.items[space.item_ids.index(name)] for name in names])
     both = (np.stack([folded(told[name]) for name in names]), np.stack([vectors[int(name[1])] for name in names]))
+    counts = np.array([space.interactions[space.item_ids.index(name)] for name in names])
     given = (None if scale == "auto" else scale, None if words == "auto" else words)
-    expected = measured(trained, *both, gram(space.users), *given)
+    expected = measured(trained, *both, gram(space.users), counts, *given)
     assert (facts["scale"], facts["words"]) == pytest.approx((expected.scale, expected.words if words else 0), rel=1e-4)
     users_alone = folded(SAMPLED["new-1"])
     placed = expected.folded * users_alone + expected.worded * vectors[3] if words else expected.scale * users_alone

@@ -38,6 +38,7 @@ def measured(
     folded: Matrix,
     worded: Matrix | None,
     gram: npt.NDArray[np.floating],
+    interactions: npt.NDArray[np.integer],
     scale: float | None = None,
     words: float | None = None,
 ) -> Blend:
@@ -46,6 +47,7 @@ def measured(
     Args:
         folded, worded: [n, d]; None for no words.
         gram: Y'Y [d, d] of the users' vectors: two vectors are as far from each other as the scores that users give them.
+        interactions: [n], of each item: as often it counts, as it does when users' lists are judged.
         scale: given instead of measured; measured, folded vectors get the median length of the trained ones.
         words: given instead of measured; measured, it is what least squares give the two, of equal length, against the
             trained vectors.
@@ -56,19 +58,26 @@ def measured(
     whole = scale * folded
     as_long = norm_scale(whole, worded)
     if words is None:
-        words = _share(trained, whole, as_long * worded, gram)
+        words = _share(trained, whole, as_long * worded, gram, interactions)
     # Two vectors that point apart are shorter together.
     longer = norm_scale(whole, (1 - words) * whole + words * as_long * worded)
     return Blend(scale, words, longer * (1 - words) * scale, longer * words * as_long)
 
 
-def _share(target: Matrix, first: Matrix, second: Matrix, gram: npt.NDArray[np.floating]) -> float:
-    """b / (a + b) of the a, b >= 0 that bring a * first + b * second nearest to the target."""
+def _share(
+    target: Matrix,
+    first: Matrix,
+    second: Matrix,
+    gram: npt.NDArray[np.floating],
+    weights: npt.NDArray[np.integer],
+) -> float:
+    """b / (a + b) of the a, b >= 0 that bring a * first + b * second nearest to the target, each row by its weight."""
     from scipy.optimize import nnls
 
     columns = np.stack([first, second]).astype(np.float64)
-    left = np.einsum("ind,de,jne->ij", columns, gram, columns, optimize=True)
-    right = np.einsum("ind,de,ne->i", columns, gram, target.astype(np.float64), optimize=True)
+    weighed = columns * weights[:, None]
+    left = np.einsum("ind,de,jne->ij", weighed, gram, columns, optimize=True)
+    right = np.einsum("ind,de,ne->i", weighed, gram, target.astype(np.float64), optimize=True)
     root = np.linalg.cholesky(left + 1e-12 * np.trace(left) * np.eye(2))
     a, b = nnls(root.T, np.linalg.solve(root, right))[0]
     return float(b / (a + b)) if a + b > 0 else 0.0
