@@ -267,6 +267,7 @@ def _lineage(run: Run, facts: dict[str, dict[str, Any]]) -> list[tuple[str, str]
         ("text model", str(facts.get("text_embeddings", {}).get("model_version", ""))),
         ("FilterLLM", _made(trained, "model_version")),
         ("embedding space", _made(cf, "space_version")),
+        ("cold vectors", _placed(facts.get("refresh", {}))),
     ]
     return [(name, value) for name, value in pairs if value]
 
@@ -276,6 +277,14 @@ def _made(facts: dict[str, Any], version: str) -> str:
         return ""
     how = " (trained in this run)" if facts.get("trained") else " (kept from an earlier run)"
     return f"{facts[version]}{how if 'trained' in facts else ''}"
+
+
+def _placed(facts: dict[str, Any]) -> str:
+    """How those of sampled users are made, if there are any."""
+    if not facts.get("sources", {}).get("sampled"):
+        return ""
+    words, scale = facts["words"], facts["scale"]
+    return f"of sampled users {1 - words:.0%}, of words {words:.0%}; {scale:.2g} times the fold-in's length"
 
 
 def _data_docs(run: Run, facts: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]:

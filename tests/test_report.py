@@ -165,6 +165,8 @@ def night(folder, rejected=REJECTED, cold=tuple(f"cold-{i}" for i in range(5)), 
     execute(run, "snapshot", snapshot_stage(rejected))
     execute(run, "cf", lambda run, out: {"space_version": "space-1a2b", "trained": True})
     execute(run, "filterllm_train", lambda run, out: {"model_version": "model-3c4d", "trained": False})
+    placed = {"sources": {"sampled": len(cold)} if cold else {}, "scale": 1.53, "words": 0.218}
+    execute(run, "refresh", lambda run, out: placed)
     execute(run, "gates", lambda run, out: {"data_docs": out.path("data_docs/index.html")})
     execute(run, "publish", publish_stage(cold))
     execute(run, "evaluate", evaluate_stage(measured))
@@ -181,7 +183,8 @@ def test_the_page_shows_the_run(tmp_path):
     for expected in (
         run.run_id, "0.3100 0.3000–0.3200", "0.2000 0.1900–0.2100", "bad_weight", "not a finite number above 0",
         "4,321", "interactions at version 0, items at version 0", f"hash {run.conf_hash}",
-        "space-1a2b (trained in this run)", "model-3c4d (kept from an earlier run)", "1,234 users",
+        "space-1a2b (trained in this run)", "of words 22%; 1.5 times",
+        "model-3c4d (kept from an earlier run)", "1,234 users",
         "5,050 pairs of 77 cold items", "Calibration error 0.457",
     ):  # fmt: skip
         assert expected in page.text, expected
