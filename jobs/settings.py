@@ -68,7 +68,9 @@ class Text(_Section):
 class LLMInit(_Section):
     """How text embeddings become the start of a CF model (udfs/llm_init.py)."""
 
-    select: Literal["random", "uniform", "variance", "pca", "full"] = "variance"
+    select: Literal["random", "uniform", "variance", "pca", "full"] = Field(
+        "pca", description="how a text's vector is made as narrow as the space; variance is the paper's choice"
+    )
     replacement: bool = Field(False, description="random: with replacement, as in the released code")
     popular_share: float = Field(
         0.2, gt=0, le=1, description="variance: over this share of the items, the most popular"

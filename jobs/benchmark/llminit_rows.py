@@ -32,11 +32,12 @@ class Row:
 
 _MODELS = {"BPR": "bpr", "LightGCN": "lightgcn", "SGL": "sgl", "SGCL": "sgcl"}
 _LLM = "cf.init=llminit"
+_VARIANCE = "cf.llminit.select=variance"
 _STARTS = {
     "random": (),
     "LLMInit random": (_LLM, "cf.llminit.select=random"),
     "LLMInit uniform": (_LLM, "cf.llminit.select=uniform"),
-    "LLMInit variance": (_LLM, "cf.llminit.select=variance"),
+    "LLMInit variance": (_LLM, _VARIANCE),
     "LLMInit PCA": (_LLM, "cf.llminit.select=pca"),
     # MiniLM's width.
     "LLMInit full": (_LLM, "cf.llminit.select=full", "cf.dimension=384"),
@@ -63,7 +64,7 @@ ROWS = (
         for scale in ("raw", "unit_norm")
     ),
     *(
-        Row(f"LightGCN, LLMInit variance, {name}", ("cf.model=lightgcn", _LLM, *overrides), encoders)
+        Row(f"LightGCN, LLMInit variance, {name}", ("cf.model=lightgcn", _LLM, _VARIANCE, *overrides), encoders)
         for name, (overrides, encoders) in _ENCODERS.items()
     ),
     *(
@@ -78,6 +79,6 @@ ROWS = (
 #: The starts whose quality is measured by dimension.
 BY_DIMENSION = (
     Row("random", ("cf.model=lightgcn",)),
-    Row("LLMInit variance", ("cf.model=lightgcn", _LLM)),
+    Row("LLMInit variance", ("cf.model=lightgcn", _LLM, _VARIANCE)),
     Row("LLMInit PCA", ("cf.model=lightgcn", _LLM, "cf.llminit.select=pca")),
 )

@@ -45,10 +45,20 @@ ROWS = (
         ("cf.model=lightgcn", "cf.negatives=user", "cf.dimension=64", "cf.epochs=40"),
     ),
     Row("CF: LightGCN", ("cf.model=lightgcn", "cf.dimension=64", "cf.epochs=40")),
-    Row("CF: LightGCN from LLMInit", ("cf.model=lightgcn", "cf.dimension=64", "cf.epochs=40", "cf.init=llminit")),
+    Row(
+        "CF: LightGCN from LLMInit",
+        ("cf.model=lightgcn", "cf.dimension=64", "cf.epochs=40", "cf.init=llminit", "cf.llminit.select=variance"),
+    ),
     Row(
         "cold items where LLMInit puts them",
-        ("cf.model=lightgcn", "cf.dimension=64", "cf.epochs=40", "cf.init=llminit", "refresh.cold=llminit"),
+        (
+            "cf.model=lightgcn",
+            "cf.dimension=64",
+            "cf.epochs=40",
+            "cf.init=llminit",
+            "cf.llminit.select=variance",
+            "refresh.cold=llminit",
+        ),
     ),
     Row("cold items where A-LLMRec's alignment puts them", ("refresh.cold=allmrec",)),
     Row("LoRA", ("filterllm.lora=true", "filterllm.epochs=6", "text.also=[]")),
