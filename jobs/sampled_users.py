@@ -95,10 +95,14 @@ def blend(
     csr = to_csr(row, shares.users[there], np.ones(len(row)), len(rows))
     weights = to_csr(row, shares.users[there], shares.weights[there], len(rows))[2]
     gram_of_all = gram(space.users)
+    worded = None if words is None else words(texts(run, item_ids.take(pa.array(rows))))
+    if worded is not None and worded.any(axis=1).sum() < ENOUGH:
+        log("[refresh] too few held-out items have a word that the model knows: words are left out")
+        worded = None
     return measured(
         space.items[in_space[rows]],
         space.fold_in(users, csr, "item_scale", gram_of_all, weights),
-        None if words is None else words(texts(run, item_ids.take(pa.array(rows)))),
+        worded,
         gram_of_all,
         space.interactions[in_space[rows]],
         None if conf.scale == "auto" else conf.scale,

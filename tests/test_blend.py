@@ -70,3 +70,15 @@ def test_an_item_counts_by_its_interactions() -> None:
     assert shares[0] < 0.1
     assert 0.4 < shares[1] < 0.6
     assert shares[2] > 0.9
+
+
+def test_items_without_a_known_word_say_nothing_of_words() -> None:
+    known = np.arange(len(TRAINED))[:, None] % 3 == 0  # a third of them, so that the median length of all would be 0
+    folded = 0.1 * (TRAINED + RNG.normal(size=TRAINED.shape)).astype(np.float32)
+    worded = 0.02 * (TRAINED + RNG.normal(size=TRAINED.shape)).astype(np.float32)
+    found = measured(TRAINED, folded, np.where(known, worded, 0), GRAM, ONCE)
+    rows = known[:, 0]
+    whole = np.float32(found.scale) * folded
+    alone = measured(TRAINED[rows], folded[rows], worded[rows], GRAM, ONCE[rows], scale=found.scale)
+    assert found == alone
+    assert _length(found(folded, worded)[rows]) == pytest.approx(_length(whole[rows]), rel=1e-5)

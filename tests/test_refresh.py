@@ -137,7 +137,7 @@ def test_words_stand_beside_the_sampled_users(scale: Any, words: Any, tmp_path: 
     run = run_of(tmp_path, DAY, cf=BPR, refresh={"scale": scale, "words": words})
     names = sorted({item for _, item in blocks()})
     told = {name: [(f"u{name[1]}-{k}", p) for k, p in ((0, 0.4), (1, 0.1))] for name in names}
-    # An item's text is its id: i0-3 is of the words i0 and (too short to be one) 3. new-1 is of the block 1, new-2 of no word.
+    # An item's text is its id: i0-3 is of the words i0 and (too short to be one) 3. new-1 has the word new, other-2 no known one.
     blocks_words = ["i0", "i1", "i2", "new"]
     vectors = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
     of_words = WordMap(blocks_words, np.array([1.0, 1.5, 2.0, 1.2]), vectors)

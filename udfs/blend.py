@@ -55,7 +55,9 @@ def measured(
     scale = norm_scale(trained, folded) if scale is None else scale
     if worded is None or not worded.any():
         return Blend(scale, folded=scale)
-    whole = scale * folded
+    # Items without a known word say nothing of words, and would make their median length 0.
+    there = worded.any(axis=1)
+    trained, whole, worded, interactions = trained[there], scale * folded[there], worded[there], interactions[there]
     as_long = norm_scale(whole, worded)
     if words is None:
         words = _share(trained, whole, as_long * worded, gram, interactions)
