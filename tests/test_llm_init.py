@@ -73,7 +73,7 @@ def test_scales_make_encoders_of_other_magnitudes_alike(select: str) -> None:
         cosine = (of["unit_norm"] * of["raw"]).sum(1) / np.linalg.norm(of["raw"], axis=1) / 0.4
         np.testing.assert_allclose(cosine, 1, rtol=1e-4)
         if select == "variance":
-            np.testing.assert_array_equal(of["raw"], (texts * magnitude)[:, _columns(LLMInit(), 4)])
+            np.testing.assert_array_equal(of["raw"], (texts * magnitude)[:, _columns(LLMInit("variance"), 4)])
 
 
 def test_users_begin_at_the_mean_of_their_items() -> None:

@@ -36,7 +36,7 @@ class LLMInit:
     differ between encoders.
     """
 
-    select: Select = "variance"
+    select: Select = "pca"
     replacement: bool = False
     popular_share: float = 0.2
     scale: Scale = "unit_variance"
