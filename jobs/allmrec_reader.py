@@ -1,7 +1,8 @@
 """A-LLMRec's second stage on a night (arXiv 2404.11343, section 4.2): the projections of a reader, as an artifact.
 
 A reader (`_artifacts/readers/<version>`) belongs to one alignment, one language model and the settings. It learns from users
-the last item of whose history is what the model has to find; x_u is what CF makes of the user without it.
+the last item of whose history is what the model has to find; x_u is what CF makes of the user without it. A fifth of the users
+is left for others to ask (jobs/recommend_weights.py).
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ from udfs.allmrec_actor import LanguageModel
 from udfs.allmrec_examples import AllmrecError, Examples
 from udfs.allmrec_prompt import DOMAINS, PromptOptions
 from udfs.filterllm_checkpoint import Checkpoints
+from udfs.filterllm_items import held_out
 from udfs.model_files import default_cache
 from udfs.sequences import Ints, Sequences
 from udfs.vectors import Matrix
 
 KIND = "readers"
 # Not of what is computed, but of how.
-_MEANS = {"shard_users", "batch_tokens"}
+_MEANS = {"shard_users", "batch_tokens", "weigh_users"}
+_DEFINITION = "2"  # raise it when another reader comes from the same settings
+_HELD_OUT = 0.2
 _OPTIONS = ("epochs", "batch_size", "negatives", "optimizer", "learning_rate", "weight_decay")
 
 
@@ -84,11 +88,12 @@ def find(run: Run, night: Night, alignment: str, side: Side, items: Spoken) -> s
         "alignment_version": alignment,
         "language_model": language_model(conf).resolve()[1],
         "conf": allmrec_artifacts.conf_digest(conf, seed, _MEANS),
+        "definition": _DEFINITION,
     }
     version = allmrec_artifacts.newest(run, KIND, identity)
     if version is not None:
         return version
-    pool = np.flatnonzero(items.known & ~items.by_text & ~night.cold)
+    pool = _pool(night, items)
     examples = _examples(night, side, items, pool, conf, seed)
 
     def fit(artifact: Staging, checkpoints: Checkpoints) -> dict[str, Any]:
@@ -98,26 +103,46 @@ def find(run: Run, night: Night, alignment: str, side: Side, items: Spoken) -> s
     return allmrec_artifacts.train(run, KIND, identity, night.titles, arrays, fit)
 
 
-def _examples(night: Night, side: Side, items: Spoken, pool: Ints, conf: AllmrecReader, seed: int) -> Examples:
-    """At most conf.examples users: the last item is the positive, what was before it is the history."""
-    histories = night.histories
+def learnable(night: Night, side: Side, items: Spoken, conf: AllmrecReader, seed: int) -> tuple[Ints, Ints]:
+    """Users whose last item a reader can be asked for: those that it learns from, and those that are held out, by their ids."""
+    histories, pool = night.histories, _pool(night, items)
     last = histories.items[histories.indptr[1:] - 1]  # the snapshot has no user without an item
     in_pool = np.isin(np.arange(len(items.known)), pool)
     before = histories.lengths - 1
     mine = np.bincount(histories.rows, in_pool[histories.items], minlength=len(histories))
     usable = side.users_known & in_pool[last] & (before >= max(1, side.least)) & (len(pool) - mine > conf.negatives)
     rows = np.flatnonzero(usable)
+    held = held_out(night.user_ids.take(pa.array(rows)).to_pylist(), _HELD_OUT, seed)
+    return rows[~held], rows[held]
+
+
+def _pool(night: Night, items: Spoken) -> Ints:
+    """Items that candidates are drawn from."""
+    return np.flatnonzero(items.known & ~items.by_text & ~night.cold)
+
+
+def _examples(night: Night, side: Side, items: Spoken, pool: Ints, conf: AllmrecReader, seed: int) -> Examples:
+    """At most conf.examples users: the last item is the positive, what was before it is the history."""
+    histories = night.histories
+    rows, _ = learnable(night, side, items, conf, seed)
     if not len(rows):
         raise AllmrecError(
-            f"the reader has nothing to learn from: of {len(histories)} users {int((before >= 1).sum())} have two items or "
-            f"more, and none of them has a warm last item that can stand among {conf.negatives} others of {len(pool)}; "
-            "lower allmrec.reader.negatives, or take more interactions"
+            f"the reader has nothing to learn from: of {len(histories)} users {int((histories.lengths > 1).sum())} have two "
+            f"items or more, and none of them has a warm last item that can stand among {conf.negatives} others of "
+            f"{len(pool)}; lower allmrec.reader.negatives, or take more interactions"
         )
     drawn = np.random.Generator(np.random.Philox(seed)).permutation(len(rows))[: conf.examples]
     rows = rows[np.sort(drawn)]
-    x = side.before(rows, before[rows])
-    asked, _ = prefixes(histories, rows, before[rows])
-    return Examples(x, items.histories(asked), last[rows], histories.take(rows))
+    before = histories.lengths[rows] - 1
+    asked, positives = without_last(night, items, rows)
+    return Examples(side.before(rows, before), asked, positives, histories.take(rows))
+
+
+def without_last(night: Night, items: Spoken, rows: Ints) -> tuple[Sequences, Ints]:
+    """The histories `rows` as prompts tell of them, without the last item; and the last items."""
+    histories = night.histories
+    before, _ = prefixes(histories, rows, histories.lengths[rows] - 1)
+    return items.histories(before), histories.items[histories.indptr[rows + 1] - 1]
 
 
 def _fit(

@@ -70,6 +70,11 @@ class AllmrecReader(Section):
     batch_size: int = Field(4, ge=1)
     epochs: int = Field(5, ge=1)
     examples: int = Field(1024, ge=1, description="users to learn from, at most (the paper's few-shot: 256, 128)")
+    weigh_users: int = Field(
+        128,
+        ge=0,
+        description="recommend: held-out users by whom likelihood and retrieval score are weighed, at most; 0: likelihood alone",
+    )
     shard_users: int = Field(64, ge=1, description="users a shard: what a killed run can lose")
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from datetime import date
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
 from schemas.errors import ColdRefreshError
+from schemas.table import Table
 from schemas.table import table as schema
 
 _ATTEMPTS = 5
@@ -133,7 +134,14 @@ class Lake:
                 mode, predicate = "overwrite", " AND ".join(f"{k} = '{v}'" for k, v in replace.items())
             try:
                 if rows.num_rows or not replace:
-                    write_deltalake(delta, rows, mode=mode, predicate=predicate, commit_properties=properties)
+                    write_deltalake(
+                        delta,
+                        rows,
+                        mode=mode,
+                        predicate=predicate,
+                        schema_mode=_gains(delta, contract),
+                        commit_properties=properties,
+                    )
                 else:
                     delta.delete(predicate, commit_properties=properties)
                 return delta.version()
@@ -142,3 +150,11 @@ class Lake:
             except DeltaError as error:
                 raise LakeError(f"table '{name}' at {self.path(name)} cannot be written: {error}") from error
         raise LakeError(f"table '{name}': other writers won {_ATTEMPTS} times; run again")
+
+
+def _gains(delta: DeltaTable, contract: Table) -> Literal["merge"] | None:
+    """merge, so that the table gets what its contract gained since it was made: columns that may be null. Otherwise None."""
+    there = {field.name for field in delta.schema().fields}
+    gained = [column for column in contract.columns if column.name not in there]
+    older = there <= {column.name for column in contract.columns}
+    return "merge" if gained and older and all(column.nullable for column in gained) else None

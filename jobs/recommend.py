@@ -3,8 +3,9 @@
     python -m jobs.recommend --conf conf/demo.yaml --run-date 2017-11-01 --users users.txt --candidates 20 --top 10
 
 The night of --run-date must be published. Each user's candidates are the nearest items of its FAISS index that are not in the
-history, cold ones among them; the frozen causal language model of allmrec.reader.model ranks them by the likelihood of their
-titles (arXiv 2404.11343, second stage). What it needs (an alignment, a reader) is trained when it is not there. Rows go to the
+history, cold ones among them; they are ranked by the likelihood of their titles under the frozen causal language model of
+allmrec.reader.model (arXiv 2404.11343, second stage) and by their nearness, as much of each as held-out users say. What that needs
+(an alignment, a reader, these weights) is made when it is not there. Rows go to the
 table `recommendations` past a Great Expectations gate, exactly once; users who cannot be served to `rejected_rows`, with the
 reason. Started again it goes on where it was stopped; when it is finished it does nothing. The last line of stdout is JSON.
 """
@@ -15,7 +16,7 @@ import hashlib
 import json
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from typing import Any
 
@@ -35,6 +36,7 @@ from jobs import (
     published,
     recommend_shards,
     recommend_users,
+    recommend_weights,
     text_embeddings,
 )
 from jobs.expectations import View, check
@@ -163,18 +165,22 @@ def _stage(run: Run, out: Staging, published_night: Published, row: dict[str, An
         "users": (users["user_id"].to_pylist(), item_index.matrix(users)),
         "items": (items["item_id"].to_pylist(), item_index.matrix(items)),
     }
+    space = cf.load_space(run, published_night.space_version)
+    published_side = allmrec_backbone.SpaceSide(night, space, vectors)
     if run.settings.allmrec.backbone == "space":
-        space = cf.load_space(run, published_night.space_version)
         learnt: allmrec_backbone.Side = allmrec_backbone.SpaceSide(night, space)
-        side: allmrec_backbone.Side = allmrec_backbone.SpaceSide(night, space, vectors)
+        side: allmrec_backbone.Side = published_side
     else:
         side = learnt = allmrec_backbone.trained(run, night)
     alignment = allmrec_alignment.find(run, night, encoder_version, learnt)
     spoken = allmrec_reader.spoken(run, night, alignment, side)
     reader = allmrec_reader.find(run, night, alignment, side, spoken)
-    index = item_index.load(run.lake, published_night.run_id)
+    nearest = recommend_users.Nearest(item_index.load(run.lake, published_night.run_id), night)
     chosen = recommend_users.choose(
-        night, asked.users, side.users_known, spoken.known, vectors["users"], index, asked.candidates
+        night, asked.users, side.users_known, spoken.known, vectors["users"], nearest, asked.candidates
+    )
+    weights, weighed = recommend_weights.find(
+        run, night, side, published_side, spoken, reader, nearest, asked.candidates
     )
     lineage = {
         "refresh_date": run.run_date,
@@ -184,7 +190,7 @@ def _stage(run: Run, out: Staging, published_night: Published, row: dict[str, An
         "space_version": published_night.space_version,
     }
     sources = dict(zip(vectors["items"][0], items["source"].to_pylist(), strict=True))
-    work = Work(night, side, spoken, reader, sources, lineage, asked.top, asked.generate)
+    work = Work(night, side, spoken, reader, weights, sources, lineage, asked.top, asked.generate)
     shards = run.staging("shards")
     rows = recommend_shards.score(run, work, chosen, shards)
     checked = _gate(run, out, work, chosen, asked, rows, items["item_id"], shards)
@@ -194,6 +200,7 @@ def _stage(run: Run, out: Staging, published_night: Published, row: dict[str, An
         "backbone": side.version,
         "alignment_version": alignment,
         "model_version": reader,
+        "weights": {**asdict(weights), "version": weighed},
         "order": night.order,
         "users": {"asked": len(asked.users), "served": len(chosen.users), "rejected": recommend_users.reasons(chosen)},
         "rows": rows.num_rows,

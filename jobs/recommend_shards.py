@@ -1,4 +1,4 @@
-"""Users' candidates through the language model, shard by shard over Ray actors; a shard that is done is staged and stays.
+"""The rows of `recommendations`, shard by shard of users; a shard that is done is staged and stays.
 
 A shard is named by its users: a run that was killed goes on with those that are not complete.
 """
@@ -12,18 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from jobs import allmrec_artifacts, allmrec_reader
 from jobs.allmrec_backbone import Side
 from jobs.allmrec_night import Night
 from jobs.allmrec_reader import Spoken
-from jobs.ray_cluster import cluster
+from jobs.recommend_reading import likelihoods
 from jobs.recommend_users import Users
+from jobs.recommend_weights import Weights
 from jobs.run import Run, log
 from jobs.staging import Staging
 from schemas.table import table as schema
-from udfs.actor_pool import map_ordered
-from udfs.allmrec_actor import NOBODY, Asked, ReaderActor
-from udfs.progress import Progress
+from udfs.allmrec_actor import NOBODY, Asked
 from udfs.sequences import Ints
 from udfs.vectors import Matrix
 
@@ -32,12 +30,13 @@ TABLE = "recommendations"
 
 @dataclass(frozen=True)
 class Work:
-    """What the shards are made from: the reader's artifact, and the night by it. lineage: constant columns of the table."""
+    """What the shards are made from: the reader's artifact, the night by it, and what ranks. lineage: constant columns."""
 
     night: Night
     side: Side
     items: Spoken
     reader_version: str
+    weights: Weights
     sources: dict[str, str]
     lineage: dict[str, object]
     top: int
@@ -66,50 +65,30 @@ def score(run: Run, work: Work, users: Users, folder: Staging) -> pa.Table:
 
 
 def _score(run: Run, work: Work, users: Users, pending: list[tuple[Ints, Staging]]) -> None:
-    settings, ray_settings = run.settings.allmrec.reader, run.settings.ray
     total = sum(len(rows) for rows, _ in pending)
     log(f"[recommend] {total} users in {len(pending)} shards, {users.candidates.shape[1]} candidates each at most")
-    model = allmrec_reader.language_model(settings)
     histories = work.items.histories(work.night.histories)
 
     def asked(rows: Ints) -> Asked:
         own = users.users[rows]
         return Asked(work.side.users(own), histories.take(own), users.candidates[rows])
 
-    with cluster(ray_settings), Progress("recommend", total, "users") as progress:
-        import ray
-
-        # Put once: the actors of a machine read the same memory.
-        titles, joint = ray.put(work.night.titles), ray.put(work.items.joint)
-        arguments = (
-            model,
-            model.resolve()[1],
-            allmrec_artifacts.files(run, allmrec_reader.KIND, work.reader_version),
-            titles,
-            joint,
-            allmrec_reader.prompt_options(settings),
-            settings.normalise,
-            work.generate,
-            "cuda" if ray_settings.gpus_per_actor > 0 else "cpu",
-        )
-        results = map_ordered(
-            ReaderActor,
-            arguments,
-            (asked(rows) for rows, _ in pending),
-            actors=min(ray_settings.actors, len(pending)),
-            cpus=ray_settings.cpus_per_actor,
-            gpus=ray_settings.gpus_per_actor,
-        )
-        for (rows, stage), (scores, written) in zip(pending, results, strict=True):
-            stage.clear()
-            stage.write(TABLE, _rows(work, users, rows, scores, written))
-            stage.complete({"users": len(rows)})
-            progress.advance(len(rows))
+    shards = (asked(rows) for rows, _ in pending)
+    read = likelihoods(run, work.night, work.items, work.reader_version, shards, total, work.generate)
+    for (rows, stage), (found, written) in zip(pending, read, strict=True):
+        stage.clear()
+        stage.write(TABLE, _rows(work, users, rows, found, written))
+        stage.complete({"users": len(rows)})
 
 
-def _rows(work: Work, users: Users, rows: Ints, scores: Matrix, written: list[str] | None) -> pa.Table:
-    """Rows of the table: of each user the `top` best by score; of equal ones the better candidate comes first."""
-    candidates = users.candidates[rows]
+def _rows(work: Work, users: Users, rows: Ints, found: Matrix, written: list[str] | None) -> pa.Table:
+    """Rows of the table: of each user the `top` best by score; of equal ones the better candidate comes first.
+
+    Args:
+        found: [len(rows), C], the log-likelihoods of the candidates.
+    """
+    candidates, retrieval = users.candidates[rows], users.retrieval[rows]
+    scores = work.weights(found, retrieval)
     order = np.argsort(np.where(candidates == NOBODY, np.inf, -scores), axis=1, kind="stable")[:, : work.top]
     there = np.take_along_axis(candidates, order, 1) != NOBODY
     row, rank = np.nonzero(there)
@@ -121,8 +100,9 @@ def _rows(work: Work, users: Users, rows: Ints, scores: Matrix, written: list[st
         "item_id": item_id,
         "rank": rank + 1,
         "score": scores[row, place],
+        "likelihood": found[row, place],
         "candidate_rank": place + 1,
-        "retrieval_score": users.retrieval[rows][row, place],
+        "retrieval_score": retrieval[row, place],
         "source": [work.sources[name] for name in item_id.to_pylist()],
         "generated": pa.array([written[at] for at in row] if written else [None] * len(row), pa.string()),
         **{name: [value] * len(row) for name, value in work.lineage.items()},

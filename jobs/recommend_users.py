@@ -26,13 +26,34 @@ class Users:
     rejected: list[tuple[str, str, str, int]]
 
 
+class Nearest:
+    """A night's index, with the items as the night numbers them."""
+
+    def __init__(self, index: ItemIndex, night: Night) -> None:
+        self._index = index
+        of_item = place(pa.array(index.item_ids, pa.string()), night.item_ids)
+        self._number = dict(zip(index.item_ids, of_item.tolist(), strict=True))
+
+    def __call__(self, vector: Matrix, had: Ints, spoken: Mask, most: int) -> list[tuple[int, float]]:
+        """The `most` best items of `spoken` that are not in `had`, with their inner products; the index is asked for more
+        until there are enough, or no others."""
+        known, wanted, total = set(had.tolist()), most + len(had), len(self._index.item_ids)
+        while True:
+            best = self._index.search(vector, min(wanted, total))
+            found = [(self._number[name], score) for name, score in best]
+            found = [(item, score) for item, score in found if item >= 0 and item not in known and spoken[item]]
+            if len(found) >= most or wanted >= total or len(best) < wanted:
+                return found[:most]
+            wanted *= 2
+
+
 def choose(
     night: Night,
     asked: list[str],
     x_known: Mask,
     spoken: Mask,
     vectors: tuple[list[str], Matrix],
-    index: ItemIndex,
+    nearest: Nearest,
     most: int,
 ) -> Users:
     """The users to serve and their `most` best items by the index that are not in the history.
@@ -47,8 +68,6 @@ def choose(
     rejected = [(name, "duplicate", "asked for more than once", times[name] - 1) for name in ids if times[name] > 1]
     number = place(pa.array(ids, pa.string()), night.user_ids)
     row = place(pa.array(ids, pa.string()), vectors[0])
-    of_item = place(pa.array(index.item_ids, pa.string()), night.item_ids)
-    name_of = dict(zip(index.item_ids, of_item.tolist(), strict=True))
     histories = night.histories
     users, candidates, retrieval = [], [], []
     for at, name in enumerate(ids):
@@ -63,7 +82,7 @@ def choose(
             if not spoken[had].any():
                 reason = ("no_history", "no item of the history has a vector or a text")
             else:
-                found = _search(index, vectors[1][row[at]], name_of, had, spoken, most)
+                found = nearest(vectors[1][row[at]], had, spoken, most)
                 if not found:
                     reason = ("no_candidate", "every published item is in the history")
         if reason:
@@ -79,20 +98,6 @@ def choose(
         np.array(retrieval, np.float32).reshape(-1, most)[order],
         sorted(rejected),
     )
-
-
-def _search(
-    index: ItemIndex, vector: Matrix, name_of: dict[str, int], had: Ints, spoken: Mask, most: int
-) -> list[tuple[int, float]]:
-    """The `most` best items that are not in `had`; the index is asked for more until there are enough, or no others."""
-    known, wanted = set(had.tolist()), most + len(had)
-    while True:
-        best = index.search(vector, min(wanted, len(index.item_ids)))
-        found = [(name_of[name], score) for name, score in best]
-        found = [(item, score) for item, score in found if item >= 0 and item not in known and spoken[item]]
-        if len(found) >= most or wanted >= len(index.item_ids) or len(best) < wanted:
-            return found[:most]
-        wanted *= 2
 
 
 def rejected_rows(users: Users, run_id: str, refresh_date: object) -> pa.Table:

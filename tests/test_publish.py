@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from datetime import timedelta
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +216,16 @@ def test_an_output_table_of_another_shape_is_a_clear_error(tmp_path: Path) -> No
     run = gated(tmp_path)
     with pytest.raises(LakeError, match=r"table 'user_embeddings' at .* cannot be written"):
         execute(run, "publish", publish.run)
+
+
+def test_a_table_from_before_its_contract_had_a_column_gets_it(tmp_path: Path) -> None:
+    contract, lake = schema("recommendations"), Lake(str(tmp_path))
+    values = {"string": "a", "date": date(2026, 3, 1)}
+    rows = pa.table({c.name: pa.array([values.get(c.type, 1)], c.arrow_type) for c in contract.columns})
+    older = contract.conform(rows).drop_columns(["likelihood"])
+    write_deltalake(str(tmp_path / "recommendations"), older, partition_by=["refresh_date"])
+    lake.commit("recommendations", rows, app="one")
+    assert lake.read("recommendations")["likelihood"].to_pylist() in ([None, 1.0], [1.0, None])
 
 
 def _clustered(n: int, seed: int) -> np.ndarray:

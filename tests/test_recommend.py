@@ -25,8 +25,11 @@ from jobs import (
     allmrec_backbone,
     allmrec_night,
     allmrec_reader,
+    cf,
     item_index,
     recommend,
+    recommend_users,
+    recommend_weights,
 )
 from jobs.expectations import GateError
 from jobs.lake import Lake
@@ -43,7 +46,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 DAY = date(2026, 3, 1)
 COLD = ("new-0", "new-1")
-PAIRS = {**staged_night.blocks(), ("loner", "no-text"): 1.0}
+PAIRS = {**staged_night.blocks(n_users=24), ("loner", "no-text"): 1.0}
 Done = tuple[Run, dict[str, Any], Path]
 ASKED = Asked([*(f"u{b}-{u}" for b in range(3) for u in range(3)), "u0-0", "nobody", "loner"], candidates=7, top=5)
 
@@ -58,13 +61,13 @@ def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def night(lake: Path, language_model: Path, **allmrec: Any) -> Run:
     """A published night: users of a block buy its items, whose texts say the block; `loner` is tied to nobody."""
     reader = {
-        "model": str(language_model), "epochs": 45, "learning_rate": 1e-2, "batch_size": 8, "negatives": 4,
+        "model": str(language_model), "epochs": 15, "learning_rate": 1e-2, "batch_size": 8, "negatives": 4,
         "history": 3, "title_tokens": 4, "shard_users": 3,
     }  # fmt: skip
     alignment = {"epochs": 15, "patience": 15, "learning_rate": 1e-2, "stop_by": "loss", "joint": 16}
     sections = {"reader": reader, "alignment": alignment, **allmrec}
     run = staged_night.run_of(lake, DAY, cf=BPR, snapshot={"warm_interactions": 2}, allmrec=sections)
-    texts = {item: np.eye(5)[int(item[1])].tolist() for item in sorted({i for _, i in staged_night.blocks()})}
+    texts = {item: np.eye(5)[int(item[1])].tolist() for item in sorted({i for _, i in PAIRS if i[0] == "i"})}
     texts |= {item: np.eye(5)[n].tolist() for n, item in enumerate(COLD)}
     staged_night.refreshed(run, PAIRS, SAMPLED, (*COLD, "no-text"), texts)
     staged_night.publish(run)
@@ -86,7 +89,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, language_model: Path) -> Done
     run = night(folder / "lake", language_model)
     shutil.copytree(folder / "lake", folder / "other")
     summary = recommend.recommend(run.settings, DAY, ASKED)
-    for kind in ("alignments", "readers"):
+    for kind in ("alignments", "readers", "reader_weights"):
         shutil.copytree(folder / "lake" / "_artifacts" / kind, folder / "other" / "_artifacts" / kind)
     return run, summary, folder / "other"
 
@@ -126,6 +129,61 @@ def test_users_get_unseen_items_of_their_own_kind_cold_ones_among_them(done: Don
     for name, value in (("run_id", summary["run_id"]), ("published_run_id", run.run_id), ("generated", None)):
         assert {r[name] for r in rows} == {value}
     assert {r["model_version"] for r in rows} == {summary["model_version"]}
+
+
+def test_likelihood_and_retrieval_count_as_much_as_held_out_users_say(done: Done) -> None:
+    run, summary, _ = done
+    weights = summary["weights"]
+    facts = run.artifact("reader_weights", weights["version"]).facts()
+    assert {name: facts[name] for name in ("likelihood", "retrieval")} == {
+        name: weights[name] for name in ("likelihood", "retrieval")
+    }
+    assert facts["reader"] == summary["model_version"]
+    assert 10 <= facts["users"] <= facts["of"]
+    assert weights["likelihood"] > 0
+    assert facts["ndcg@10"]["both"] >= max(facts["ndcg@10"]["likelihood"], facts["ndcg@10"]["retrieval"]) - 0.02
+    for r in rows_of(run.lake, summary["run_id"]):
+        both = weights["likelihood"] * r["likelihood"] + weights["retrieval"] * r["retrieval_score"]
+        assert r["score"] == pytest.approx(both, abs=1e-4)
+    # Whom the reader learnt from it is not weighed by.
+    found, side, spoken = _sides(run)
+    conf = run.settings.allmrec.reader
+    learns, held = map(set, allmrec_reader.learnable(found, side, spoken, conf, run.settings.seed))
+    assert not learns & held
+    assert facts["of"] <= len(held)
+    assert run.artifact("readers", summary["model_version"]).facts()["examples"] == len(learns)
+
+
+Sides = tuple[allmrec_night.Night, allmrec_backbone.SpaceSide, allmrec_reader.Spoken]
+
+
+def _sides(run: Run) -> Sides:
+    """What the job makes of the published night."""
+    found, published = allmrec_night.read(run.staging("snapshot")), run.staging("refresh")
+    of = {}
+    for name in ("user", "item"):
+        rows = published.read(f"{name}_embeddings")
+        of[f"{name}s"] = rows[f"{name}_id"].to_pylist(), item_index.matrix(rows)
+    side = allmrec_backbone.SpaceSide(found, cf.load_space(run, published.facts()["space_version"]), of)
+    (alignment,) = Staging(run.lake.path("_artifacts/alignments")).children()
+    return found, side, allmrec_reader.spoken(run, found, alignment, side)
+
+
+@pytest.mark.parametrize(("users", "share"), [(0, 0.2), (128, 0.05)])
+def test_where_nothing_is_weighed_the_likelihood_ranks(
+    done: Done, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], users: int, share: float
+) -> None:
+    monkeypatch.setattr(allmrec_reader, "_HELD_OUT", share)
+    settings = done[0].settings.model_dump(mode="json")
+    settings["allmrec"]["reader"] |= {"weigh_users": users}
+    run = replace(done[0], settings=Settings.model_validate(settings))
+    found, side, spoken = _sides(run)
+    nearest = recommend_users.Nearest(item_index.load(run.lake, run.run_id), found)
+    weights, version = recommend_weights.find(run, found, side, side, spoken, "another reader", nearest, 6)
+    assert version is None
+    assert ("too few to weigh retrieval by" in capsys.readouterr().err) == bool(users)
+    likelihoods = np.array([[-1.5, -0.25]], np.float32)
+    np.testing.assert_array_equal(weights(likelihoods, np.array([[7.0, np.nan]], np.float32)), likelihoods)
 
 
 def test_who_cannot_be_served_is_rejected_with_the_reason(done: Done) -> None:
@@ -179,8 +237,10 @@ def test_killed_amid_the_shards_and_started_again_the_table_is_the_same(
     found, first = rows_of(tables, summary["run_id"]), rows_of(before.lake, summary["run_id"])
     assert len(found) == len(first)
     for one, two in zip(found, first, strict=True):
-        assert {k: v for k, v in one.items() if k != "score"} == {k: v for k, v in two.items() if k != "score"}
-        assert one["score"] == pytest.approx(two["score"], abs=1e-5)
+        # What the language model says may be rounded otherwise.
+        said = ("score", "likelihood")
+        assert {k: v for k, v in one.items() if k not in said} == {k: v for k, v in two.items() if k not in said}
+        assert [one[k] for k in said] == pytest.approx([two[k] for k in said], abs=1e-5)
     assert not Staging(f"{lake}/_staging/{summary['run_id']}/shards").children()
     version = tables.version("recommendations")
     assert recommend.main(command) == 0
@@ -219,7 +279,7 @@ def test_a_gate_that_fails_writes_nothing_and_mended_the_run_goes_on(
     for broken, rule in (
         (_with_history, "nobody is recommended what is in the history"),
         (_with_hole, "ranks have no holes"),
-        (_without_score, "scores are finite"),
+        (_without_score, "scores and likelihoods are finite"),
         (_twice, "a user has an item once"),
         (lambda table: table.slice(5), "every user who can be served is"),
     ):
@@ -309,7 +369,9 @@ def test_a_backbone_of_its_own_is_kept_and_read_by_the_ids_of_another_night(done
     assert found.item_ids.filter(pa.array(spoken.by_text)).to_pylist() == list(COLD)
     assert spoken.known.all()
     reader = allmrec_reader.find(run, found, alignment, side, spoken)
-    assert run.artifact("readers", reader).facts()["examples"] == 24
+    learns, held = allmrec_reader.learnable(found, side, spoken, run.settings.allmrec.reader, run.settings.seed)
+    assert run.artifact("readers", reader).facts()["examples"] == len(learns)
+    assert len(learns) + len(held) == 72
     # Another night: users and items in other places, one of each that the backbone does not know.
     later = replace(run, run_date=date(2026, 3, 4), run_id=f"20260304-{7:012x}")
     pairs = {("a-stranger", "a-novelty"): 1.0, **{pair: w for pair, w in PAIRS.items() if pair[0] != "u0-0"}}

@@ -143,7 +143,7 @@ def lineage(table: pa.Table, columns: list[str]) -> pd.DataFrame:
 
 
 def recommended_by_user(rows: pa.Table, served: pa.Array, items: pa.ChunkedArray, history: pa.Table) -> pd.DataFrame:
-    """One row a user of `rows` (user_id, item_id, rank, score).
+    """One row a user of `rows` (user_id, item_id, rank, score, likelihood).
 
     Args:
         served: users who are to have rows; items: those that may be recommended; history: pairs (user_id, item_id).
@@ -151,15 +151,15 @@ def recommended_by_user(rows: pa.Table, served: pa.Array, items: pa.ChunkedArray
     Returns:
         user_id, known (is it in `served`), rows, incomplete (rows with a null), repeated (rows whose item the user has
         already), unknown_items, had_before (rows whose pair is in `history`), first_rank, holes (of the ranks up to the last
-        one those that are absent, and ranks that stand twice), not_finite (scores), rises (how often the score grows with the
-        rank).
+        one those that are absent, and ranks that stand twice), not_finite (score or
+        likelihood), rises (how often the score grows with the rank).
     """
     user, user_ids = _codes(rows["user_id"])
     item, item_ids = _codes(rows["item_id"])
     n, width = len(user_ids), max(len(item_ids), 1)
-    rank, score = _float(rows["rank"]), _float(rows["score"])
+    rank, score, likelihood = (_float(rows[name]) for name in ("rank", "score", "likelihood"))
     incomplete = np.zeros(len(user), dtype=bool)
-    for name in ("user_id", "item_id", "rank", "score"):
+    for name in ("user_id", "item_id", "rank", "score", "likelihood"):
         incomplete |= np.asarray(pc.is_null(rows[name]).to_numpy(), dtype=bool)
     stranger = ~known(item_ids, items)[item] if len(item_ids) else np.zeros(0, dtype=bool)
     of_user, of_item = (
@@ -193,7 +193,7 @@ def recommended_by_user(rows: pa.Table, served: pa.Array, items: pa.ChunkedArray
             "had_before": count(had),
             "first_rank": first,
             "holes": last - total + 2 * repeated_ranks,
-            "not_finite": count(~np.isfinite(score)),
+            "not_finite": count(~(np.isfinite(score) & np.isfinite(likelihood))),
             "rises": rises,
         }
     )
