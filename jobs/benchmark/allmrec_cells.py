@@ -11,19 +11,19 @@ from jobs.benchmark import allmrec_data
 from jobs.benchmark.allmrec_data import Asked, Corpus, Division
 from jobs.benchmark.allmrec_parts import Cost, Parts, catalogue_of, measured
 from jobs.benchmark.allmrec_rows import Options
-from udfs import backbone
+from jobs.run import log
+from udfs import backbone, conditional_logit
 from udfs.backbone import SEQUENCE_MODELS, Backbone, SequenceBackbone, inner_products
 from udfs.progress import Progress
 from udfs.sampled_ranking import ndcg, ranks
-from udfs.sequences import Sequences
+from udfs.sequences import Ints, Sequences
 from udfs.vectors import Matrix
 
 METRICS = ("Hit@1", "NDCG@10", "HR@10")
 # Users whose candidates the language model reads between two signs of progress.
 _USERS = 32
-_STAGE_1 = ("stage 1", "stage 1 with text")
-# Of the text similarity beside the first stage's score, both of standard deviation 1.
-_FACTORS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+_WEIGHED = ("stage 1 with text", "reader with stage 1")
+_JOINED = ("stage 1", *_WEIGHED, "reader")
 
 
 def groups(options: Options, scenario: str, others: list[str]) -> list[str]:
@@ -33,12 +33,12 @@ def groups(options: Options, scenario: str, others: list[str]) -> list[str]:
     the items of its own domain; one of user numbers, only users that it was trained on.
     """
     untrained = options.ranker in ("random", "text") or not (options.user or options.items)
-    learnt = options.ranker in ("backbone", *_STAGE_1, "reader") and not untrained
+    learnt = options.ranker in ("backbone", *_JOINED) and not untrained
     sequential = options.backbone in SEQUENCE_MODELS
     if scenario == "all":
         return [name for name in others if sequential or not learnt or name != "cold users"]
     if scenario == "cross-domain":
-        joined = options.ranker in (*_STAGE_1, "reader") and sequential
+        joined = options.ranker in _JOINED and sequential
         return others if untrained or joined else []
     return others if learnt and sequential else []
 
@@ -92,53 +92,72 @@ def _scores(options: Options, parts: Parts, asked: Asked, other: Corpus | None) 
     if options.ranker == "backbone":
         model, trained = parts.backbone(options)
         return lambda: model.score(asked.users, asked.histories, asked.candidates), trained.cost
-    if options.ranker in _STAGE_1:
-        model, decoded, _, cost = _joined(options, parts, other)
-        weight = _text_weight(options, parts) if options.ranker == "stage 1 with text" else 0.0
+    if options.ranker == "reader":
+        read, part, users = _reader(options, parts, other)
+        return lambda: read(users(asked.users, asked.histories), asked.histories, asked.candidates), part
+    several, cost, users = _several(options, parts, other)
+    weights = _weights(options, parts) if options.ranker in _WEIGHED else np.ones(1, np.float32)
 
-        def both() -> Matrix:
-            scores = inner_products(model.users(asked.users, asked.histories), decoded, asked.candidates)
-            if weight:
-                q, _ = parts.texts(options, corpus)
-                scores += weight * inner_products(_means(q, asked.histories), q, asked.candidates)
-            return scores
+    def weighed() -> Matrix:
+        found = several(users(asked.users, asked.histories), asked.histories, asked.candidates)
+        return np.tensordot(weights, np.stack(found), 1)
 
-        return both, cost
+    return weighed, cost
+
+
+def _several(options: Options, parts: Parts, other: Corpus | None) -> tuple[Any, Cost, Any]:
+    """A function of (x_u, histories, candidates) that gives the row's scores, one [n, 20] each: of the first stage, of texts
+    that are like the history's, and of the language model; the cost; and a function that gives x_u."""
+    model, decoded, _, cost = _joined(options, parts, other)
+    kinds: list[Any] = [lambda x, histories, candidates: inner_products(x, decoded, candidates)]
+    if options.ranker in _WEIGHED:
+        texts, _ = parts.texts(options, other or parts.corpus)
+        kinds.append(lambda x, histories, candidates: inner_products(_means(texts, histories), texts, candidates))
+    if options.ranker == "reader with stage 1":
+        read, part, _ = _reader(options, parts, other)
+        cost = part
+        kinds.append(read)
+    return lambda *asked: [kind(*asked) for kind in kinds], cost, model.users
+
+
+def _weights(options: Options, parts: Parts) -> Matrix:
+    """What each of the scores counts: by the validation items, which none of them has learnt from."""
+    model, _ = parts.backbone(options)
+    asked = allmrec_data.validation(parts.division, model)
+    if options.ranker == "reader with stage 1":
+        asked = allmrec_data.some(asked, options.weigh_users, parts.seed)
+    candidates = asked.draw(np.arange(len(parts.corpus.titles)), 19, parts.seed)
+    several, _, _ = _several(options, parts, None)
+    weights = conditional_logit.fit(several(asked.users, asked.histories, candidates))
+    log(f"[benchmark] weights of stage 1, text and language model, as far as there are: {weights.round(4).tolist()}")
+    return weights.astype(np.float32)
+
+
+def _reader(options: Options, parts: Parts, other: Corpus | None) -> tuple[Any, Cost, Any]:
+    """A function of (x_u, histories, candidates) that gives likelihoods [n, 20]; the cost; and a function that gives x_u."""
     reader, joint, part = parts.reader(options)
-    cost, users = part.cost, np.zeros((len(asked.users), 1), np.float32)
+    corpus, model = other or parts.corpus, None
     if options.user or options.items:
         model, _, vectors, _ = _joined(options, parts, other)
-        users = model.users(asked.users, asked.histories)
         if other is not None and not options.random_joint:
             joint = vectors
     if len(joint) != len(corpus.titles):
         joint = np.resize(joint, (len(corpus.titles), joint.shape[1]))
     catalogue = catalogue_of(reader, corpus, joint, options)
 
-    def read() -> Matrix:
-        found = np.empty(asked.candidates.shape, np.float32)
-        with Progress("reader", len(users), "users") as progress:
-            for start in range(0, len(users), _USERS):
-                rows = np.arange(start, min(start + _USERS, len(users)))
-                own = asked.histories.take(rows), asked.candidates[rows]
-                found[rows] = reader.score(catalogue, users[rows], *own)
+    def read(x: Matrix, histories: Sequences, candidates: Ints) -> Matrix:
+        found = np.empty(candidates.shape, np.float32)
+        with Progress("reader", len(x), "users") as progress:
+            for start in range(0, len(x), _USERS):
+                rows = np.arange(start, min(start + _USERS, len(x)))
+                found[rows] = reader.score(catalogue, x[rows], histories.take(rows), candidates[rows])
                 progress.advance(len(rows))
         return found
 
-    return read, cost
+    def nobody(users: Ints, histories: Sequences) -> Matrix:
+        return np.zeros((len(users), 1), np.float32)
 
-
-def _text_weight(options: Options, parts: Parts) -> float:
-    """What the text similarity counts beside the first stage's score: the best of a few for the validation items."""
-    model, decoded, _, _ = _joined(options, parts, None)
-    texts, _ = parts.texts(options)
-    asked = allmrec_data.validation(parts.division, model)
-    candidates = asked.draw(np.arange(len(texts)), 19, parts.seed)
-    stage_1 = inner_products(asked.users, decoded, candidates)
-    similar = inner_products(_means(texts, asked.histories), texts, candidates)
-    weights = [factor * float(stage_1.std() / similar.std()) for factor in _FACTORS]
-    found = [float(ndcg(ranks(stage_1 + weight * similar), 10).mean()) for weight in weights]
-    return weights[int(np.argmax(found))]
+    return read, part.cost, model.users if model else nobody
 
 
 def _joined(options: Options, parts: Parts, other: Corpus | None) -> tuple[Backbone, Matrix, Matrix, Cost]:

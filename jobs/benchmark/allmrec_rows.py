@@ -6,8 +6,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 #: random; popularity; the CF model's own score; text: mean of the history's texts . the candidate's; stage 1: x_u . f_I^dec of
-#: the joint vector; with text: both, weighed by the validation items; reader: the language model's likelihood of the title.
-Ranker = Literal["random", "popularity", "backbone", "text", "stage 1", "stage 1 with text", "reader"]
+#: the joint vector; with text: both; reader: the language model's likelihood of the title; reader with stage 1: all three. Several
+#: are weighed by the validation items.
+Ranker = Literal[
+    "random", "popularity", "backbone", "text", "stage 1", "stage 1 with text", "reader", "reader with stage 1"
+]
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Options:
     cold_users: int = 1000  # left out of training; at most a tenth of the users
     train_users: int = 4000  # whom the second stage learns from, at most; 0: all
     epochs: int = 5  # of the second stage
+    weigh_users: int = 256  # whose validation items weigh the second stage beside others, at most; 0: 2,000
     tuned_users: int = 4000  # whom the sentence encoder learns from, at most; 0: all
     tuned_epochs: int = 1
     alignment_epochs: int = 10
@@ -47,8 +51,8 @@ class Options:
 
 #: What the command can change: an option of its own each.
 SIZES = (
-    "test_users", "cold_users", "train_users", "epochs", "tuned_users", "tuned_epochs", "alignment_epochs", "cf_epochs",
-    "cf_patience", "dimension", "history", "title_tokens", "learning_rate", "model", "text_model", "dtype", "device",
+    "test_users", "cold_users", "train_users", "epochs", "weigh_users", "tuned_users", "tuned_epochs", "alignment_epochs",
+    "cf_epochs", "cf_patience", "dimension", "history", "title_tokens", "learning_rate", "model", "text_model", "dtype", "device",
 )  # fmt: skip
 
 
@@ -93,6 +97,10 @@ ROWS = (
         {"ranker": "stage 1 with text", "tuned": False, "text_recommendation": 1.0, "text_model": "minilm+words"},
     ),
     Row("A-LLMRec"),
+    Row(
+        "A-LLMRec beside stage 1 with text, MiniLM + words",
+        {"ranker": "reader with stage 1", "tuned": False, "text_recommendation": 1.0, "text_model": "minilm+words"},
+    ),
     Row("without match", {"match": "none"}),
     Row("without reconstruction", {"reconstruction": False}),
     Row("without recommendation loss", {"recommendation": 0.0}),
