@@ -91,26 +91,27 @@ def fit(
         **{name: getattr(conf, name) for name in Options.__dataclass_fields__ if name != "seed"}, seed=settings.seed
     )
     found = filterllm_training.train(model, source, items, options, log, checkpoints=Checkpoints(folder), group=group)
-    n_words = 0
+    words = {"words": 0, "words_without_held_out": 0}
     if group.rank == 0:
         artifact = run.artifact("models", version)
         artifact.clear()
         for name, body in {**filterllm.dump(model), **(lora.dump(encoder) if encoder else {})}.items():
             artifact.write_bytes(name, body)
         artifact.write("users", pa.table({"user_id": pa.array(space.user_ids, pa.string())}))
-        # Without the items that are held out: by these the refresh measures what the map is worth.
-        learnt = np.flatnonzero(~held_out(items.item_ids, conf.validation_share, settings.seed))
-        words = word_map.fit([texts[i] for i in learnt], vectors[learnt], conf.word_ridge)
-        if words is not None:
-            artifact.write("words", word_map.to_table(words))
-            n_words = len(words.words)
+        # What the map is worth is measured on the items that are held out; what places cold items has learnt from these too.
+        held = held_out(items.item_ids, conf.validation_share, settings.seed)
+        for name, learnt in (("words", np.arange(len(texts))), ("words_without_held_out", np.flatnonzero(~held))):
+            found_map = word_map.fit([texts[i] for i in learnt], vectors[learnt], conf.word_ridge)
+            if found_map is not None:
+                artifact.write(name, word_map.to_table(found_map))
+                words[name] = len(found_map.words)
     return {
         # Text embeddings of adapted weights are this model's own; otherwise they are everybody's.
         "encoder_version": f"lora-{version}" if encoder else identity["language_model"],
         "lora": conf.lora,
         "users": len(space.user_ids),
         "config": asdict(model.config),
-        "words": n_words,
+        **words,
         **found,
     }
 

@@ -1,11 +1,10 @@
 """Stage filterllm_train: the FilterLLM model of the night, an earlier one or one that is trained now.
 
 A model is an artifact (`_artifacts/models/<version>`): model.safetensors and config.json (udfs/filterllm.py), the table
-`users` (user_id, in the order of the vocabulary), the table `words` (udfs/word_map.py, learnt from the same items), with LoRA
-also the adapters (udfs/lora.py). It belongs to one embedding
-space and one language model, and its version is a hash of what it was made from. It is trained through Ray Train
-(udfs/ray_training.py) and saves its state every epoch under `_artifacts/checkpoints/<version>`: a run that was killed goes on
-from there and gives the same model.
+`users` (user_id, in the order of the vocabulary), the tables `words` and `words_without_held_out` (udfs/word_map.py, learnt from
+the same items), with LoRA also the adapters (udfs/lora.py). It belongs to one embedding space and one language model, and its
+version is a hash of what it was made from. It is trained through Ray Train (udfs/ray_training.py) and saves its state every epoch
+under `_artifacts/checkpoints/<version>`: a run that was killed goes on from there and gives the same model.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from udfs import filterllm, ray_training, word_map
 from udfs.filterllm import FilterLLM
 from udfs.word_map import WordMap
 
+_DEFINITION = "2"  # raise it when another model comes from the same settings
 _FILES = ("model.safetensors", "config.json")
 _ADAPTER = ("adapter.safetensors", "adapter.json")
 
@@ -51,6 +51,7 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
         "space_version": run.staging("cf").facts()["space_version"],
         "language_model": run.staging("text_embeddings").facts()["model_version"],
         "conf": conf_digest(run.settings),
+        "definition": _DEFINITION,
     }
     days = run.settings.filterllm.retrain_days
     fresh = [v for day, v in _models(run, identity) if (run.run_date - day).days < days]
@@ -86,10 +87,11 @@ def load_adapter(run: Run, version: str) -> dict[str, bytes]:
     return {name: run.artifact("models", version).read_bytes(name) for name in _ADAPTER}
 
 
-def load_words(run: Run, version: str) -> WordMap | None:
-    """The map from words to the space that was learnt with model `version`; None: no text of then holds a word."""
-    artifact = run.artifact("models", version)
-    return word_map.from_table(artifact.read("words")) if artifact.facts()["words"] else None
+def load_words(run: Run, version: str, *, held_out: bool = True) -> WordMap | None:
+    """The map from words to the space that was learnt with model `version`, from the items that were held out too, or without
+    them; None: no text of then holds a word."""
+    artifact, name = run.artifact("models", version), "words" if held_out else "words_without_held_out"
+    return word_map.from_table(artifact.read(name)) if artifact.facts()[name] else None
 
 
 def _models(run: Run, identity: dict[str, str]) -> list[tuple[date, str]]:

@@ -116,9 +116,11 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
     alignment = allmrec_alignment.for_space(run, space) if run.settings.refresh.cold == "allmrec" else None
     blend, words = Blend(), None
     if night.sampled.rows.num_rows and not retrain:
+        unseen = None
         if run.settings.refresh.words != 0:
-            words = load_words(run, run.staging("filterllm_train").facts()["model_version"])
-        blend = sampled_users.blend(run, space, users, night.user_ids, night.item_ids, items_in_space, words)
+            model = run.staging("filterllm_train").facts()["model_version"]
+            words, unseen = load_words(run, model), load_words(run, model, held_out=False)
+        blend = sampled_users.blend(run, space, users, night.user_ids, night.item_ids, items_in_space, unseen)
     items = _items(night, space, users, items_in_space, real, alignment, blend, words, fold_sampled=not retrain)
     facts = _write(night, out, space, users, items)
     return {

@@ -92,19 +92,22 @@ def refreshed(
     texts: dict[str, list[float]] | None = None,
     held_out: tuple[str, ...] = (),
     words: WordMap | None = None,
+    unseen: WordMap | None = None,
 ) -> tuple[dict[str, Any], cf.Space]:
     """Run cf and refresh on staged tables: facts of refresh, and the night's space of stage cf.
 
     `sampled`: FilterLLM's users of cold items, and of the warm ones `held_out`, with their probabilities.
-    `words`: the map that its model came with; an item's text is its id.
+    `words`, `unseen`: the maps that its model came with, with and without the items that were held out; an item's text is its id.
     """
     snapshot(run, pairs, cold, texts)
     chosen = execute(run, "cf", cf.run)
     run.staging("filterllm_train").complete({"model_version": "m1", "space_version": chosen["space_version"]})
     model = run.artifact("models", "m1")
-    if words is not None:
-        model.write("words", word_map.to_table(words))
-    model.complete({"words": 0 if words is None else len(words.words)})
+    maps = {"words": words, "words_without_held_out": unseen}
+    for name, one in maps.items():
+        if one is not None:
+            model.write(name, word_map.to_table(one))
+    model.complete({name: 0 if one is None else len(one.words) for name, one in maps.items()})
     rows = [
         {"item_id": item, "user_id": user, "rank": rank, "probability": p, "propensity": "top_k"}
         for item, users in sampled.items()

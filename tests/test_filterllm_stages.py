@@ -134,9 +134,12 @@ def test_new_items_go_to_the_users_of_their_topic(lake: Path) -> None:
     assert (np.diff(p, axis=1) <= 0).all()
     assert set(sampled["propensity"].to_pylist()) == {"top_k"}
     # What training was validated on gets users too: the refresh takes from it how cold vectors are made.
-    words = filterllm_train.load_words(run, facts["model_version"])
+    words, unseen = (filterllm_train.load_words(run, facts["model_version"], held_out=held) for held in (True, False))
     assert words is not None
+    assert unseen is not None
     assert words.vectors.shape == (len(words.words), 8)
+    assert set(unseen.words) <= set(words.words)
+    assert not np.array_equal(unseen.idf, words.idf)
     held = run.staging("filterllm_score").read("held_out")
     assert pc.count_distinct(held["item_id"]).as_py() == facts["held_out"] == train(run)["validation_items"]
     labels = run.staging("snapshot").read("items_labelled", ["item_id", "label"])

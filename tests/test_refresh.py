@@ -141,8 +141,12 @@ def test_words_stand_beside_the_sampled_users(scale: Any, words: Any, tmp_path: 
     blocks_words = ["i0", "i1", "i2", "new"]
     vectors = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
     of_words = WordMap(blocks_words, np.array([1.0, 1.5, 2.0, 1.2]), vectors)
+    # What has learnt from the held-out items places cold ones, and does not say what words are worth.
+    more = WordMap(blocks_words, of_words.idf, vectors + 1)
     sampled = {"new-1": SAMPLED["new-1"], "other-2": SAMPLED["new-0"]}
-    facts, space = refreshed(run, blocks(), {**sampled, **told}, tuple(sampled), held_out=tuple(names), words=of_words)
+    facts, space = refreshed(
+        run, blocks(), {**sampled, **told}, tuple(sampled), held_out=tuple(names), words=more, unseen=of_words
+    )
     items = _by_id(run.staging("refresh").read("item_embeddings"))
 
     def folded(users: list[tuple[str, float]]) -> np.ndarray:
@@ -156,7 +160,9 @@ def test_words_stand_beside_the_sampled_users(scale: Any, words: Any, tmp_path: 
     expected = measured(trained, *both, gram(space.users), counts, *given)
     assert (facts["scale"], facts["words"]) == pytest.approx((expected.scale, expected.words if words else 0), rel=1e-4)
     users_alone = folded(SAMPLED["new-1"])
-    placed = expected.folded * users_alone + expected.worded * vectors[3] if words else expected.scale * users_alone
+    placed = (
+        expected.folded * users_alone + expected.worded * (vectors[3] + 1) if words else expected.scale * users_alone
+    )
     np.testing.assert_allclose(items["new-1"]["embedding"], placed, rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(
         items["other-2"]["embedding"], expected.scale * folded(SAMPLED["new-0"]), rtol=1e-3, atol=1e-5
