@@ -9,6 +9,7 @@ items too, which favours retrieval.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ from udfs.sequences import Ints
 from udfs.vectors import Matrix
 
 KIND = "reader_weights"
+_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -97,12 +99,11 @@ def _asked(
     histories, looked = night.histories, 0
     chosen: list[int] = []
     candidates, scores = [], []
-    for user in held.tolist():
+    for user, x in _vectors(space, held, histories.lengths[held] - 1):
         if len(chosen) == conf.weigh_users:
             break
         looked += 1
         own = histories.items[histories.indptr[user] : histories.indptr[user + 1]]
-        x = space.before(np.array([user]), np.array([len(own) - 1]))[0]
         found = nearest(x, own[:-1], items.known, most)
         if own[-1] in [item for item, _ in found]:
             found = sorted(found, key=lambda pair: pair[0] != own[-1])  # stable: the others stay in their order
@@ -114,6 +115,14 @@ def _asked(
     users = side.before(rows, histories.lengths[rows] - 1)
     asked = Asked(users, before, np.array(candidates, np.int64).reshape(-1, most))
     return asked, np.array(scores, np.float32).reshape(-1, most), looked
+
+
+def _vectors(space: SpaceSide, users: Ints, lengths: Ints) -> Iterator[tuple[int, Matrix]]:
+    """Users, and their vectors without what follows the first `lengths` items; as many at once as folding in is worth: each
+    time it begins with the Gram matrix of all items."""
+    for start in range(0, len(users), _AT_ONCE):
+        some = slice(start, start + _AT_ONCE)
+        yield from zip(users[some].tolist(), space.before(users[some], lengths[some]), strict=True)
 
 
 def _measured(run: Run, night: Night, items: Spoken, reader: str, asked: Asked, retrieval: Matrix) -> dict[str, Any]:
