@@ -154,7 +154,7 @@ class Lake:
 
 def _gains(delta: DeltaTable, contract: Table) -> Literal["merge"] | None:
     """merge, so that the table gets what its contract gained since it was made: columns that may be null. Otherwise None."""
-    there = {field.name for field in delta.schema().fields}
+    there = {column.name for column in delta.schema().fields}
     gained = [column for column in contract.columns if column.name not in there]
     older = there <= {column.name for column in contract.columns}
     return "merge" if gained and older and all(column.nullable for column in gained) else None

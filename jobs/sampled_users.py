@@ -75,9 +75,9 @@ def blend(
     """How the vectors of items without a real interaction are made: refresh.scale and refresh.words, or measured.
 
     Args:
-        users: [U, d] tonight's, in the order of `user_ids`; zeros for none. in_space: [I] where each of `item_ids` is in the
-            space, -1 for nowhere. words: the map of the night's model that has not learnt from the
-            items that were held out; None for none.
+        users: [U, d] tonight's, in the order of `user_ids`; zeros for none.
+        in_space: [I] where each of `item_ids` is in the space, -1 for nowhere.
+        words: the map of the night's model that has not learnt from the items that were held out; None for none.
 
     Returns:
         As udfs.blend.measured says of the held-out items; a scale of 1 and no words if they are fewer than ten.

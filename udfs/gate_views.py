@@ -151,8 +151,8 @@ def recommended_by_user(rows: pa.Table, served: pa.Array, items: pa.ChunkedArray
     Returns:
         user_id, known (is it in `served`), rows, incomplete (rows with a null), repeated (rows whose item the user has
         already), unknown_items, had_before (rows whose pair is in `history`), first_rank, holes (of the ranks up to the last
-        one those that are absent, and ranks that stand twice), not_finite (score or
-        likelihood), rises (how often the score grows with the rank).
+        one those that are absent, and ranks that stand twice), not_finite (score or likelihood), rises (how often the
+        score grows with the rank).
     """
     user, user_ids = _codes(rows["user_id"])
     item, item_ids = _codes(rows["item_id"])
