@@ -16,11 +16,9 @@ from jobs import allmrec_alignment, cf, cf_start, refresh
 from jobs.run import OUTPUTS, Run, execute
 from schemas.table import table as schema
 from tests.staged_night import Pair, blocks, publish, refreshed, run_of, snapshot
-from udfs.blend import measured
 from udfs.filterllm_items import held_out
 from udfs.fold_in import fold_in, gram
 from udfs.vectors import from_column
-from udfs.word_map import WordMap
 
 BPR = {"model": "bpr", "epochs": 30, "batch_size": 256, "learning_rate": 0.03}
 DAY, NEXT = date(2026, 3, 1), date(2026, 3, 2)
@@ -130,43 +128,6 @@ def test_lengths_are_measured_on_items_that_training_left_out(held: int, tmp_pat
     np.testing.assert_allclose(items["new-1"]["embedding"], facts["scale"] * folded(SAMPLED["new-1"]), rtol=1e-4)
     assert facts["sources"] == {"cf": 18, "sampled": 2}
     assert run.staging("refresh").read("sampled_interactions")["item_id"].unique().to_pylist() == ["new-0", "new-1"]
-
-
-@pytest.mark.parametrize(("scale", "words"), [("auto", "auto"), (2.0, "auto"), ("auto", 0.25), ("auto", 0.0)])
-def test_words_stand_beside_the_sampled_users(scale: Any, words: Any, tmp_path: Path) -> None:
-    run = run_of(tmp_path, DAY, cf=BPR, refresh={"scale": scale, "words": words})
-    names = sorted({item for _, item in blocks()})
-    told = {name: [(f"u{name[1]}-{k}", p) for k, p in ((0, 0.4), (1, 0.1))] for name in names}
-    # An item's text is its id: i0-3 is of the words i0 and (too short to be one) 3. new-1 has the word new, other-2 no known one.
-    blocks_words = ["i0", "i1", "i2", "new"]
-    vectors = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
-    of_words = WordMap(blocks_words, np.array([1.0, 1.5, 2.0, 1.2]), vectors)
-    # What has learnt from the held-out items places cold ones, and does not say what words are worth.
-    more = WordMap(blocks_words, of_words.idf, vectors + 1)
-    sampled = {"new-1": SAMPLED["new-1"], "other-2": SAMPLED["new-0"]}
-    facts, space = refreshed(
-        run, blocks(), {**sampled, **told}, tuple(sampled), held_out=tuple(names), words=more, unseen=of_words
-    )
-    items = _by_id(run.staging("refresh").read("item_embeddings"))
-
-    def folded(users: list[tuple[str, float]]) -> np.ndarray:
-        whole = sum(p for _, p in users)
-        return _reference(space, {user: 15 * p / whole for user, p in users})
-
-    trained = np.stack([space.items[space.item_ids.index(name)] for name in names])
-    both = (np.stack([folded(told[name]) for name in names]), np.stack([vectors[int(name[1])] for name in names]))
-    counts = np.array([space.interactions[space.item_ids.index(name)] for name in names])
-    given = (None if scale == "auto" else scale, None if words == "auto" else words)
-    expected = measured(trained, *both, gram(space.users), counts, *given)
-    assert (facts["scale"], facts["words"]) == pytest.approx((expected.scale, expected.words if words else 0), rel=1e-4)
-    users_alone = folded(SAMPLED["new-1"])
-    placed = (
-        expected.folded * users_alone + expected.worded * (vectors[3] + 1) if words else expected.scale * users_alone
-    )
-    np.testing.assert_allclose(items["new-1"]["embedding"], placed, rtol=1e-3, atol=1e-5)
-    np.testing.assert_allclose(
-        items["other-2"]["embedding"], expected.scale * folded(SAMPLED["new-0"]), rtol=1e-3, atol=1e-5
-    )
 
 
 @pytest.mark.parametrize("way", ["sampled", "llminit"])
