@@ -61,7 +61,7 @@ def language_model(conf: AllmrecReader) -> LanguageModel:
 
 def prompt_options(conf: AllmrecReader) -> PromptOptions:
     """What the settings have a prompt say."""
-    return PromptOptions(DOMAINS[conf.domain], conf.history, conf.title_tokens, conf.user, conf.items)
+    return PromptOptions(DOMAINS[conf.domain], conf.history, conf.title_tokens, conf.user, conf.items, conf.candidates)
 
 
 def spoken(run: Run, night: Night, alignment: str, side: Side) -> Spoken:

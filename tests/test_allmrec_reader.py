@@ -86,16 +86,33 @@ def oracle(reader: Reader, catalogue: Catalogue, users, histories, candidates) -
     return found
 
 
+def of_nobody(reader: Reader, catalogue: Catalogue, item: int) -> np.ndarray:
+    """log P of each token of an item's answer after the opening of a list, from transformers' own model."""
+    opening = f"{reader.tokenizer.bos_token or ''} This user has bought these items so far:\n"
+    ids, answer = reader.tokenizer(opening, add_special_tokens=False)["input_ids"], catalogue.prompts.answer(item)
+    with torch.no_grad():
+        log_p = reader.model(torch.tensor([ids + answer])).logits[0].double().log_softmax(1)
+    return np.array([log_p[len(ids) + n - 1, token] for n, token in enumerate(answer)])
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("batch_tokens", [1, 300, 8192])
 def test_likelihoods_are_those_of_one_title_at_a_time(small: Path, side: str, batch_tokens: int):
     reader = untrained(small, padding_side=side, batch_tokens=batch_tokens)
     users, histories, candidates = asked()
-    for options in (PromptOptions(), PromptOptions(user=False), PromptOptions(items=False, history=2, title_tokens=2)):
+    open_ended = PromptOptions(candidates=False)
+    for options in (
+        PromptOptions(),
+        PromptOptions(user=False),
+        PromptOptions(items=False, history=2, title_tokens=2),
+        open_ended,
+    ):
         catalogue = reader.catalogue(TITLES, JOINTS, options)
         expected = oracle(reader, catalogue, users, histories, candidates)
         for normalise, figure in ((True, np.mean), (False, np.sum)):
             exact = np.array([[figure(answer) for answer in row] for row in expected])
+            if options == open_ended:
+                exact -= [[figure(of_nobody(reader, catalogue, item)) for item in row] for row in candidates]
             assert exact.std() > 0.3
             for share in (True, False):
                 arguments = (catalogue, users, histories, candidates)
@@ -150,10 +167,11 @@ def fitted(directory: Path, options: Options, prompts: PromptOptions, **more):
     return reader, catalogue, facts
 
 
-@pytest.mark.parametrize("user", [True, False])
-def test_what_the_soft_tokens_say_is_learnt(small: Path, user: bool):
+@pytest.mark.parametrize(("user", "candidates"), [(True, True), (True, False), (False, True)])
+def test_what_the_soft_tokens_say_is_learnt(small: Path, user: bool, candidates: bool):
     before = {n: p.clone() for n, p in Reader(small).model.named_parameters()}
-    reader, catalogue, facts = fitted(small, FAST if user else replace(FAST, epochs=6), PromptOptions(user=user))
+    prompts = PromptOptions(user=user, candidates=candidates)
+    reader, catalogue, facts = fitted(small, FAST if user else replace(FAST, epochs=6), prompts)
     for name, parameter in reader.model.named_parameters():
         assert torch.equal(parameter, before[name])  # the language model is frozen
     held_out = people(40, 2)
@@ -242,6 +260,11 @@ def test_the_prompt_names_user_history_and_candidates():
     assert tokenizer.decode(nothing.tokens).startswith(
         f"{tokenizer.bos_token} This user has bought nothing so far.\nRecom"
     )
+    open_ended = Prompts(tokenizer, titles, PromptOptions(candidates=False))
+    text = decoded(tokenizer, open_ended.prompt(history[:2], candidates))
+    list_of = " This user has bought these items so far:\n"
+    assert text == f"{tokenizer.bos_token}<U> is a user representation.{list_of}number 0<0>\nnumber 1<1>\n"
+    assert tokenizer.decode(open_ended.nobody().tokens) == f"{tokenizer.bos_token}{list_of}"
 
 
 def test_what_does_not_fit_is_an_error(small: Path):

@@ -1,7 +1,8 @@
 """What A-LLMRec's second stage asks a language model (arXiv 2404.11343, section 4.2): which of these titles comes next.
 
 The user's projected vector stands first, every title of the history and of the candidates is followed by its item's. These
-soft tokens are places in the sequence: the tokenizer gets no new tokens, and no title can spell one.
+soft tokens are places in the sequence: the tokenizer gets no new tokens, and no title can spell one. A prompt may leave the
+candidates out, which the paper's does not: then it is the list of the history, and the answer is its next line.
 """
 
 from __future__ import annotations
@@ -41,13 +42,15 @@ DOMAINS = {
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """What a prompt says. Without `user` or `items` those soft tokens are left out (the paper's ablations)."""
+    """What a prompt says. Without `user` or `items` those soft tokens are left out (the paper's ablations); without `candidates`
+    the prompt does not name them, and a user is asked about once, whatever there is to rank."""
 
     wording: Wording = Wording()
     history: int = 10  # titles of a history, the last ones
     title_tokens: int = 24  # of a title no more are read or asked for; the paper's code takes all
     user: bool = True
     items: bool = True
+    candidates: bool = True
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,8 @@ class Prompts:
     def prompt(self, history: Ints, candidates: Ints) -> Prompt:
         """The prompt of a user with this history [any], oldest first, who is to choose among `candidates` [C].
 
-        The candidates stand in an order that only the history and the set of them decide: where the caller has the true one
-        says nothing, and the same question is asked the same way in every batch.
+        The candidates, if they are named, stand in an order that only the history and the set of them decide: where the caller
+        has the true one says nothing, and the same question is asked the same way in every batch.
         """
         tokens, places, items = list(self._first), [], []
 
@@ -119,14 +122,20 @@ class Prompts:
             tokens.append(_PLACE)
         tokens.extend(self._user)
         last = history[max(0, len(history) - self.options.history) :]
-        tokens.extend(self._past if len(last) else self._none)
+        listed = self.options.candidates
+        tokens.extend(self._past if len(last) or not listed else self._none)
         for number in last.tolist():
             name(number)
-        tokens.extend(self._ask)
-        for number in _shuffled(last, candidates).tolist():
-            name(number)
-        tokens.extend(self._recommendation)
+        if listed:
+            tokens.extend(self._ask)
+            for number in _shuffled(last, candidates).tolist():
+                name(number)
+            tokens.extend(self._recommendation)
         return Prompt(tokens, user, places, items)
+
+    def nobody(self) -> Prompt:
+        """The prompt, without candidates, of a user of whom nothing is known."""
+        return Prompt([*self._first, *self._past], -1, [], [])
 
     def answer(self, item: int) -> list[int]:
         """The tokens of an item's title, as far as it is read, and of the end of an answer."""

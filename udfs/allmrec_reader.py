@@ -2,7 +2,9 @@
 
 Candidates are ranked by the log-likelihood of their titles after the prompt, so that every one has a score; the paper lets the
 model write one title and looks for it, which `generate` gives too. The prompt runs once, and its keys and values serve all
-of its candidates, which run side by side: each sees the prompt and its own tokens only.
+of its candidates, which run side by side: each sees the prompt and its own tokens only. Candidates that the prompt does not
+name compete with all titles there could be, common words first; so what counts is how much likelier the user makes a title
+(pointwise mutual information; Holtzman et al. 2021, arXiv 2104.08315).
 
 Batches, the side of padding and the order of candidates change only how sums are rounded.
 """
@@ -125,7 +127,8 @@ class Reader:
         normalise: bool = True,
         share_prefix: bool = True,
     ) -> Matrix:
-        """The log-likelihood of each candidate's title and its end, [n, C] float32.
+        """The log-likelihood of each candidate's title and its end, [n, C] float32; where the prompt does not name the candidates,
+        less what it is when nothing is known of the user.
 
         Args:
             users, candidates: as in `loss`, in any order of a row.
@@ -137,24 +140,18 @@ class Reader:
             AllmrecError: a prompt has more tokens than the model reads.
         """
         found = np.empty(candidates.shape, np.float32)
-        if not share_prefix:
+        if share_prefix:
+            found = self._sums(catalogue, users, self._prompts(catalogue, histories, candidates), candidates)
+        else:
             for row, column in np.ndindex(candidates.shape):
                 one = np.array([row])
                 item = candidates[one, column]
                 own = self._likelihoods(catalogue, users[one], histories.take(one), candidates[one], item)[0]
-                found[row, column] = own.mean() if normalise else own.sum()
-            return found
-        prompts = self._prompts(catalogue, histories, candidates)
-        answers = [[catalogue.prompts.answer(item) for item in row] for row in candidates.tolist()]
-        lengths = [
-            len(prompt.tokens) + sum(len(answer) - 1 for answer in row)
-            for prompt, row in zip(prompts, answers, strict=True)
-        ]
-        for rows in batches(lengths, self.batch_tokens):
-            asked, own = [prompts[row] for row in rows], [answers[row] for row in rows]
-            for row, sums in zip(rows, self._side_by_side(catalogue, users[rows], asked, own), strict=True):
-                counts = [len(answer) for answer in answers[row]]
-                found[row] = sums / np.array(counts) if normalise else sums
+                found[row, column] = own.sum()
+        if not catalogue.prompts.options.candidates:
+            found -= self._of_nobody(catalogue, candidates)
+        if normalise:
+            found /= np.vectorize(lambda item: len(catalogue.prompts.answer(item)), otypes=[np.float32])(candidates)
         return found
 
     @torch.no_grad()
@@ -183,6 +180,28 @@ class Reader:
             for row, text in zip(rows, texts, strict=True):
                 found[row] = text.strip().split("\n")[0].strip()
         return found
+
+    def _sums(self, catalogue: Catalogue, users: Matrix, prompts: list[Prompt], candidates: Ints) -> Matrix:
+        """log P of each candidate's title and its end, [n, C], after n prompts."""
+        found = np.empty(candidates.shape, np.float32)
+        answers = [[catalogue.prompts.answer(item) for item in row] for row in candidates.tolist()]
+        lengths = [
+            len(prompt.tokens) + sum(len(answer) - 1 for answer in row)
+            for prompt, row in zip(prompts, answers, strict=True)
+        ]
+        for rows in batches(lengths, self.batch_tokens):
+            asked, own = [prompts[row] for row in rows], [answers[row] for row in rows]
+            found[rows] = self._side_by_side(catalogue, users[rows], asked, own)
+        return found
+
+    def _of_nobody(self, catalogue: Catalogue, candidates: Ints) -> Matrix:
+        """The same when nothing is known of the user: each title is asked for once."""
+        items, at = np.unique(candidates, return_inverse=True)
+        width = candidates.shape[1]
+        rows = np.resize(items, (-(-len(items) // width), width))  # the last ones filled up with the first
+        prompts = [catalogue.prompts.nobody()] * len(rows)
+        found = self._sums(catalogue, np.zeros((len(rows), 1), np.float32), prompts, rows)
+        return found.ravel()[at].reshape(candidates.shape)
 
     def _prompts(self, catalogue: Catalogue, histories: Sequences, candidates: Ints) -> list[Prompt]:
         made = []

@@ -32,7 +32,8 @@ def groups(options: Options, scenario: str, others: list[str]) -> list[str]:
     What learns nothing (random, popularity, the encoder or the language model alone) has no few-shot. A CF model knows only
     the items of its own domain; one of user numbers, only users that it was trained on.
     """
-    untrained = options.ranker in ("random", "text") or not (options.user or options.items)
+    read_only = options.ranker == "reader" and not (options.user or options.items)
+    untrained = options.ranker in ("random", "text") or read_only
     learnt = options.ranker in ("backbone", *_JOINED) and not untrained
     sequential = options.backbone in SEQUENCE_MODELS
     if scenario == "all":
@@ -115,7 +116,7 @@ def _several(options: Options, parts: Parts, other: Corpus | None) -> tuple[Any,
         kinds.append(lambda x, histories, candidates: inner_products(_means(texts, histories), texts, candidates))
     if options.ranker == "reader with stage 1":
         read, part, _ = _reader(options, parts, other)
-        cost = part
+        cost = part if options.user or options.items else cost + part
         kinds.append(read)
     return lambda *asked: [kind(*asked) for kind in kinds], cost, model.users
 

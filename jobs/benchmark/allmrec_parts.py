@@ -297,7 +297,8 @@ class Parts:
             assert reader.projections is not None
             return allmrec_projections.dump(reader.projections)
 
-        made_of = [known, options.user, options.items, options.random_joint, options.train_users, options.epochs]
+        made_of = [known, options.user, options.items, options.candidates, options.random_joint]
+        made_of += [options.train_users, options.epochs]
         made_of += [options.history, options.title_tokens, options.learning_rate, options.dtype, self.seed]
         made_of += [self.corpus.name, identity(self.corpus.titles, self.division.text_side)]
         trained = self._part("reader", made_of, [part], make)
@@ -308,6 +309,7 @@ class Parts:
 def catalogue_of(reader: Reader, corpus: Corpus, joint: Matrix, options: Options) -> Catalogue:
     """A corpus as the reader is asked about it."""
     prompts = PromptOptions(
-        DOMAINS[_WORDING.get(corpus.name, "items")], options.history, options.title_tokens, options.user, options.items
-    )
+        DOMAINS[_WORDING.get(corpus.name, "items")], options.history, options.title_tokens, options.user, options.items,
+        options.candidates,
+    )  # fmt: skip
     return reader.catalogue(corpus.titles, joint, prompts)

@@ -27,6 +27,7 @@ class Options:
     tuned: bool = True  # the sentence encoder is trained along, by LoRA
     user: bool = True  # soft tokens of the prompt
     items: bool = True
+    candidates: bool = True  # the prompt names them
     random_joint: bool = False
 
     test_users: int = 1000  # of a column at most; 0: all
@@ -81,6 +82,7 @@ ROWS = (
     Row("popularity", {"ranker": "popularity"}),
     *(Row(name, {"ranker": "backbone", "backbone": kind}) for name, kind in _BACKBONES.items()),
     Row("LLM only", {"ranker": "reader", "user": False, "items": False}),
+    Row("LLM only, candidates not named", {"ranker": "reader", "user": False, "items": False, "candidates": False}),
     Row("text encoder only", {"ranker": "text"}),
     Row("text encoder only, MiniLM + words", {"ranker": "text", "text_model": "minilm+words"}),
     Row("stage 1 only", {"ranker": "stage 1"}),
@@ -96,11 +98,19 @@ ROWS = (
         "stage 1 with text, MiniLM + words, text taught to rank",
         {"ranker": "stage 1 with text", "tuned": False, "text_recommendation": 1.0, "text_model": "minilm+words"},
     ),
+    Row(
+        "LLM only, candidates not named, beside stage 1 with text, MiniLM + words",
+        {
+            "ranker": "reader with stage 1", "user": False, "items": False, "candidates": False,
+            "tuned": False, "text_recommendation": 1.0, "text_model": "minilm+words",
+        },
+    ),
     Row("A-LLMRec"),
     Row(
         "A-LLMRec beside stage 1 with text, MiniLM + words",
         {"ranker": "reader with stage 1", "tuned": False, "text_recommendation": 1.0, "text_model": "minilm+words"},
     ),
+    Row("candidates not named", {"candidates": False}),
     Row("without match", {"match": "none"}),
     Row("without reconstruction", {"reconstruction": False}),
     Row("without recommendation loss", {"recommendation": 0.0}),
