@@ -103,7 +103,8 @@ def test_every_row_is_measured_once(
     few, across = "few-shot 16", "cross-domain"
     applies = {
         "random": {across}, "popularity": set(), "SASRec": {few}, "LightGCN": set(), "LLM only": {across},
-        "LLM only, candidates not named": {across}, "text encoder only": {across}, "stage 1 only": {few, across}, "A-LLMRec": {few, across}, "A-LLMRec on NCF": set(),
+        "LLM only, candidates not named": {across}, "text encoder only": {across}, "stage 1 only": {few, across},
+        "A-LLMRec": {few, across}, "A-LLMRec on NCF": set(),
     }  # fmt: skip
     args = arguments(shop, tmp_path, *given, "--scenarios", "few-shot", "cross-domain", "--rows", *applies)
     for name, seeded in allmrec.run(args)["results"]["amazon-games"].items():
