@@ -174,14 +174,16 @@ def _stage(run: Run, out: Staging, published_night: Published, row: dict[str, An
         side = learnt = allmrec_backbone.trained(run, night)
     alignment = allmrec_alignment.find(run, night, encoder_version, learnt)
     spoken = allmrec_reader.spoken(run, night, alignment, side)
-    reader = allmrec_reader.find(run, night, alignment, side, spoken)
     nearest = recommend_users.Nearest(item_index.load(run.lake, published_night.run_id), night)
     chosen = recommend_users.choose(
         night, asked.users, side.users_known, spoken.known, vectors["users"], nearest, asked.candidates
     )
-    weights, weighed = recommend_weights.find(
-        run, night, side, published_side, spoken, reader, nearest, asked.candidates
-    )
+    reader, weights, weighed = "", recommend_weights.Weights(), None
+    if len(chosen.users):  # otherwise there is nothing to read
+        reader = allmrec_reader.find(run, night, alignment, side, spoken)
+        weights, weighed = recommend_weights.find(
+            run, night, side, published_side, spoken, reader, nearest, asked.candidates
+        )
     lineage = {
         "refresh_date": run.run_date,
         "run_id": run.run_id,
@@ -199,7 +201,7 @@ def _stage(run: Run, out: Staging, published_night: Published, row: dict[str, An
         "space_version": published_night.space_version,
         "backbone": side.version,
         "alignment_version": alignment,
-        "model_version": reader,
+        "model_version": reader or None,
         "weights": {**asdict(weights), "version": weighed},
         "order": night.order,
         "users": {"asked": len(asked.users), "served": len(chosen.users), "rejected": recommend_users.reasons(chosen)},

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from datetime import date
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -39,13 +41,11 @@ from jobs.run import Run
 from jobs.settings import Settings
 from jobs.staging import Staging
 from tests import nights, staged_night, word_llm
-from tests.test_refresh import BPR, SAMPLED
+from tests.recommended_night import COLD, DAY, PAIRS, night, rows_of
+from udfs import allmrec_projections
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-DAY = date(2026, 3, 1)
-COLD = ("new-0", "new-1")
-PAIRS = {**staged_night.blocks(n_users=24), ("loner", "no-text"): 1.0}
 Done = tuple[Run, dict[str, Any], Path]
 ASKED = Asked([*(f"u{b}-{u}" for b in range(3) for u in range(3)), "u0-0", "nobody", "loner"], candidates=7, top=5)
 
@@ -55,30 +55,6 @@ def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     items = sorted({item for _, item in PAIRS} | set(COLD))
     titles = [item.replace("-", " - ") for item in items]
     return word_llm.build(tmp_path_factory.mktemp("model"), titles)
-
-
-def night(lake: Path, language_model: Path, **allmrec: Any) -> Run:
-    """A published night: users of a block buy its items, whose texts say the block; `loner` is tied to nobody."""
-    reader = {
-        "model": str(language_model), "epochs": 15, "learning_rate": 1e-2, "batch_size": 8, "negatives": 4,
-        "history": 3, "title_tokens": 4, "shard_users": 3,
-    }  # fmt: skip
-    alignment = {"epochs": 15, "patience": 15, "learning_rate": 1e-2, "stop_by": "loss", "joint": 16}
-    sections = {"reader": reader, "alignment": alignment, **allmrec}
-    run = staged_night.run_of(lake, DAY, cf=BPR, snapshot={"warm_interactions": 2}, allmrec=sections)
-    texts = {item: np.eye(5)[int(item[1])].tolist() for item in sorted({i for _, i in PAIRS if i[0] == "i"})}
-    texts |= {item: np.eye(5)[n].tolist() for n, item in enumerate(COLD)}
-    staged_night.refreshed(run, PAIRS, SAMPLED, (*COLD, "no-text"), texts)
-    staged_night.publish(run)
-    refreshed = run.staging("refresh")
-    item_index.export(run, refreshed.read("item_embeddings"), refreshed.read("user_embeddings"))
-    return run
-
-
-def rows_of(lake: Lake, run_id: str) -> list[dict[str, Any]]:
-    """What a run left in the table, by user and rank."""
-    table = lake.read("recommendations", run_id=run_id)
-    return table.sort_by([("user_id", "ascending"), ("rank", "ascending")]).to_pylist()
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +67,13 @@ def done(tmp_path_factory: pytest.TempPathFactory, language_model: Path) -> Done
     for kind in ("alignments", "readers", "reader_weights"):
         shutil.copytree(folder / "lake" / "_artifacts" / kind, folder / "other" / "_artifacts" / kind)
     return run, summary, folder / "other"
+
+
+def changed(run: Run, reader: dict[str, Any], **allmrec: Any) -> Settings:
+    settings = run.settings.model_dump(mode="json")
+    settings["allmrec"] |= allmrec
+    settings["allmrec"]["reader"] |= reader
+    return Settings.model_validate(settings)
 
 
 def test_users_get_unseen_items_of_their_own_kind_cold_ones_among_them(done: Done) -> None:
@@ -169,9 +152,7 @@ def test_where_nothing_is_weighed_the_likelihood_ranks(
     done: Done, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], users: int, share: float
 ) -> None:
     monkeypatch.setattr(allmrec_reader, "_HELD_OUT", share)
-    settings = done[0].settings.model_dump(mode="json")
-    settings["allmrec"]["reader"] |= {"weigh_users": users}
-    run = replace(done[0], settings=Settings.model_validate(settings))
+    run = replace(done[0], settings=changed(done[0], {"weigh_users": users}))
     found, side, spoken = _sides(run)
     nearest = recommend_users.Nearest(item_index.load(run.lake, run.run_id), found)
     weights, version = recommend_weights.find(run, found, side, side, spoken, "another reader", nearest, 6)
@@ -296,10 +277,31 @@ def test_a_gate_that_fails_writes_nothing_and_mended_the_run_goes_on(
         assert r["score"] == pytest.approx(of[r["rank"]]["score"], abs=1e-4)
 
 
-def test_nobody_to_serve_is_no_failure(done: Done) -> None:
+def test_nobody_to_serve_is_no_failure_and_trains_nothing(done: Done) -> None:
     run, _, _ = done
-    summary = recommend.recommend(run.settings, DAY, Asked(["nobody", "loner"], 6, 5))
-    assert (summary["rows"], summary["users"]["served"]) == (0, 0)
+    readers = Staging(run.lake.path("_artifacts/readers")).children()
+    summary = recommend.recommend(changed(run, {"epochs": 2}), DAY, Asked(["nobody", "loner"], 6, 5))
+    assert (summary["rows"], summary["users"]["served"], summary["model_version"]) == (0, 0, None)
+    assert Staging(run.lake.path("_artifacts/readers")).children() == readers
+
+
+def test_without_the_candidates_in_the_prompt_titles_count_by_what_the_user_adds(done: Done) -> None:
+    run, _, _ = done
+    settings = changed(run, {"candidates": False, "epochs": 5, "weigh_users": 0})
+    summary = recommend.recommend(settings, DAY, OTHERS)
+    found, side, spoken = _sides(run)
+    conf = settings.allmrec.reader
+    files = allmrec_artifacts.files(run, "readers", summary["model_version"])
+    reader = allmrec_reader.language_model(conf).reader(allmrec_projections.load(files), "cpu")
+    catalogue = reader.catalogue(found.titles, spoken.joint, allmrec_reader.prompt_options(conf))
+    for user, rows in groupby(rows_of(run.lake, summary["run_id"]), key=itemgetter("user_id")):
+        own = list(rows)
+        number = allmrec_night.place(pa.array([user]), found.user_ids)
+        history = spoken.histories(found.histories).take(number)
+        items = allmrec_night.place(pa.array([r["item_id"] for r in own]), found.item_ids)
+        expected = reader.score(catalogue, side.users(number), history, items[None])[0]
+        np.testing.assert_allclose([r["likelihood"] for r in own], expected, atol=1e-3)
+        assert [r["score"] for r in own] == [r["likelihood"] for r in own]
 
 
 @pytest.mark.parametrize(
@@ -309,10 +311,8 @@ def test_nobody_to_serve_is_no_failure(done: Done) -> None:
 def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(
     done: Done, monkeypatch: pytest.MonkeyPatch, kind: str, trainer: Any
 ) -> None:
-    settings = done[0].settings.model_dump(mode="json")
-    settings["allmrec"] |= {"backbone": "sasrec", "model": {"epochs": 4, "dimension": 8}}
-    settings["allmrec"]["reader"] |= {"epochs": 4}
-    run = replace(done[0], settings=Settings.model_validate(settings))
+    model = {"epochs": 4, "dimension": 8}
+    run = replace(done[0], settings=changed(done[0], {"epochs": 4}, backbone="sasrec", model=model))
     found = allmrec_night.read(run.staging("snapshot"))
 
     def part() -> str:
@@ -350,10 +350,8 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(
 
 @pytest.mark.parametrize("kind", ["sasrec", "ncf"])
 def test_a_backbone_of_its_own_is_kept_and_read_by_the_ids_of_another_night(done: Done, kind: str) -> None:
-    settings = done[0].settings.model_dump(mode="json")
-    settings["allmrec"] |= {"backbone": kind, "model": {"epochs": 3, "dimension": 8, "max_length": 6}}
-    settings["allmrec"]["reader"] |= {"epochs": 1}
-    run = replace(done[0], settings=Settings.model_validate(settings))
+    model = {"epochs": 3, "dimension": 8, "max_length": 6}
+    run = replace(done[0], settings=changed(done[0], {"epochs": 1}, backbone=kind, model=model))
     found = allmrec_night.read(run.staging("snapshot"))
     side = allmrec_backbone.trained(run, found)
     artifact = run.artifact("backbones", side.version)
