@@ -7,12 +7,13 @@ must be tuned is tuned on the validation part.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from jobs.benchmark import judgment
+from jobs.benchmark import coldllm
 from jobs.benchmark.datasets import data_folder
 from jobs.run import log
 from schemas.errors import ColdRefreshError
@@ -46,7 +47,7 @@ def tfidf_ridge(night: Measured) -> np.ndarray:
     return _tuned(night, {ridge: fitted(ridge) for ridge in _RIDGES}, "tfidf_ridge")
 
 
-def coldllm(night: Measured) -> np.ndarray:
+def released(night: Measured) -> np.ndarray:
     """ColdLLM's released simulated interactions of CiteULike (the pairs its language model said Yes to), folded in."""
     if "citeulike" not in str(night.run.lake.uri):
         raise ColdRefreshError("ColdLLM's simulated interactions are released for citeulike-a only")
@@ -69,10 +70,11 @@ def text_to_judgment(night: Measured) -> np.ndarray:
     states = text_embeddings.load(night.run, [str(sha) for sha in catalog.text_sha256], trained["encoder_version"])
     history = catalog.history.tocsr()
     indptr, indices = history.indptr.astype(np.int64), history.indices.astype(np.int64)
-    users = judgment.candidates(states, indptr, indices, cold)
-    options = judgment.JudgeOptions(seed=night.run.settings.seed, dtype="bfloat16")
+    users = coldllm.candidates(states, indptr, indices, cold)
+    options = coldllm.JudgeOptions(seed=night.run.settings.seed, dtype="bfloat16")
     titles = [text or "" for text in catalog.texts]
-    yes, facts = judgment.judge(titles, indptr, indices, cold, users, options)
+    folder = Path(night.run.staging("text_to_judgment").uri)
+    yes, facts = coldllm.judge(titles, indptr, indices, cold, users, options, folder)
     log(f"[benchmark] judgment: {facts}")
     rows = np.repeat(np.arange(len(cold)), users.shape[1])
     return _folded(night, users.ravel(), rows, yes.ravel().astype(np.float64), len(cold), "text_to_judgment")
@@ -81,7 +83,7 @@ def text_to_judgment(night: Measured) -> np.ndarray:
 BASELINES: dict[str, Callable[[Any], np.ndarray | None]] = {
     "CF on warm items only": cf_on_warm_only,
     "TF-IDF ridge to the CF space": tfidf_ridge,
-    "ColdLLM 7B's released interactions": coldllm,
+    "ColdLLM 7B's released interactions": released,
     "text to judgment (SmolLM2)": text_to_judgment,
 }
 

@@ -1,7 +1,6 @@
 """Text to distribution against text to judgment (ColdLLM's way): the same language model, dtype and batches, in one run.
 
 The titles and the filter's candidates are CiteULike's (citeulike-a of the data folder: $COLD_REFRESH_DATA, or ../shared/data).
-`candidates` and `judge` are ColdLLM's two stages, for the quality benchmark.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,13 +24,11 @@ from schemas.errors import ColdRefreshError
 from udfs import two_tower
 from udfs.filterllm import Config, FilterLLM
 from udfs.fold_in import to_csr
-from udfs.judged_pairs import recent, training_pairs
+from udfs.judged_pairs import recent
 from udfs.judgment import Judge, Question
-from udfs.judgment_training import fit_answer
 from udfs.model_files import find_model
 from udfs.streaming_topk import top_k
 from udfs.text_encoder import TextEncoder
-from udfs.vectors import Matrix
 
 Ints = NDArray[np.int64]
 #: How much faster FilterLLM's paper (arXiv 2502.16924) is than ColdLLM, an item.
@@ -44,68 +41,6 @@ _FIRST = Question(
     user="A person saved these:\n{history}\nWould the same person save the next one too? Answer Yes or No.\n",
     item="\n- {title}",
 )
-
-
-def candidates(
-    states: Matrix, indptr: Ints, indices: Ints, cold: Ints, k: int = 20, options: two_tower.Options | None = None
-) -> Ints:
-    """ColdLLM's filter: the users [len(cold), k] that the two towers keep of each cold item, best first.
-
-    Args:
-        states: [I, width] float32, mean-pooled text embeddings of all items.
-        indptr, indices: user u's training items are indices[indptr[u]:indptr[u + 1]], numbers of items.
-        cold: numbers of the cold items.
-    """
-    # The towers see warm items only: their mean and deviation too.
-    warm, at = np.unique(indices, return_inverse=True)
-    model = two_tower.train(states[warm], indptr, at, options or two_tower.Options(), log)
-    profiles = two_tower.user_inputs(states[warm], indptr, at)
-    return two_tower.candidates(model, states[cold], profiles, k, np.diff(indptr) > 0).users.numpy()
-
-
-@dataclass(frozen=True)
-class JudgeOptions:
-    """history: titles of a user; fit_users: users to fit the answer to, of whom each gives fit_items true pairs; 0 asks
-    the model as it comes."""
-
-    model: str = "smollm2"
-    history: int = 10
-    fit_users: int = 300
-    fit_items: int = 4
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    device: str = "cpu"
-    seed: int = 7
-
-
-def judge(
-    titles: Sequence[str], indptr: Ints, indices: Ints, cold: Ints, users: Ints, options: JudgeOptions
-) -> tuple[NDArray[np.float32], dict[str, Any]]:
-    """ColdLLM's refining: p(Yes) [len(cold), k] float32 of each cold item's users, and facts of the judge.
-
-    Args:
-        titles: of all items; the other arguments are those of `candidates`, and `users` [len(cold), k] what it gives.
-    """
-    model = Judge(find_model(options.model).directory, dtype=options.dtype, device=options.device)
-    facts: dict[str, Any] = {"pairs": int(users.size)}
-    if options.fit_users:
-        warm = np.unique(indices)
-        known = training_pairs(
-            indptr, np.searchsorted(warm, indices), len(warm),
-            users=options.fit_users, per_user=options.fit_items, length=options.history, seed=options.seed,
-        )  # fmt: skip
-        of_users = [[titles[warm[item]] for item in history] for history in known.histories]
-        states = model.states(of_users, [titles[item] for item in warm], known.users, known.items)
-        facts["fitted_pairs"] = len(known.labels)
-        facts["auc"] = fit_answer(model, states, known.labels, known.users)
-        log(
-            f"judge: fitted to {len(known.labels)} pairs, area under the ROC curve of held-out users {facts['auc']:.3f}"
-        )
-    histories = [[titles[item] for item in history] for history in recent(indptr, indices, options.history)]
-    rows = np.repeat(np.arange(len(cold)), users.shape[1])
-    begun = time.perf_counter()
-    scores = model.score(histories, [titles[item] for item in cold], users.ravel(), rows).reshape(users.shape)
-    facts["seconds"] = time.perf_counter() - begun
-    return (1 / (1 + np.exp(-scores))).astype(np.float32), facts
 
 
 def data_folder() -> Path:
