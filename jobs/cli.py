@@ -1,4 +1,4 @@
-"""What the commands of jobs/ have in common: --conf, --set, --run-date, a summary in JSON as the last line, clear errors."""
+"""What the commands of jobs/ have in common: --conf and --set, or --lake; a summary in JSON as the last line, clear errors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from jobs.lake import Lake
 from jobs.settings import Settings, load
 from schemas.errors import ColdRefreshError
 
@@ -28,6 +29,31 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 def settings(args: argparse.Namespace) -> Settings:
     """The settings that --conf and --set name."""
     return load(args.conf, args.set)
+
+
+def add_lake(parser: argparse.ArgumentParser) -> None:
+    """The options that name a lake, where no settings are read."""
+    parser.add_argument("--lake", required=True, help="a folder or an s3://, gs://, abfss:// URI")
+    parser.add_argument(
+        "--storage-option",
+        action="append",
+        default=[],
+        type=_option,
+        metavar="KEY=VALUE",
+        help="of delta-rs, for object stores; repeatable",
+    )
+
+
+def lake(args: argparse.Namespace) -> Lake:
+    """The lake that --lake and --storage-option name."""
+    return Lake(args.lake, dict(args.storage_option))
+
+
+def _option(text: str) -> tuple[str, str]:
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    return key, value
 
 
 def main(job: Callable[[], dict[str, Any]]) -> int:

@@ -281,7 +281,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = cli.parser(__doc__)
     parser.add_argument("format", metavar="FORMAT", choices=list(FORMATS), help=", ".join(FORMATS))
     parser.add_argument("--source", type=Path, help="folder (or zip) of the data set")
-    parser.add_argument("--lake", required=True, help="folder, or s3://, gs://, abfss:// URI, of the Delta tables")
+    cli.add_lake(parser)
     for table in ("interactions", "items", "split"):
         parser.add_argument(f"--{table}", type=Path, help=f"the file, or folder of parts, of table {table}")
     parser.add_argument("--map", action="append", default=[], metavar="TABLE.COLUMN=NAME", help="repeatable")
@@ -292,13 +292,6 @@ def main(argv: list[str] | None = None) -> int:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--append", action="store_const", dest="mode", const="append", help="add to tables that are there")
     how.add_argument("--overwrite", action="store_const", dest="mode", const="overwrite", help="replace them")
-    parser.add_argument(
-        "--storage-option",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="of delta-rs, for object stores; repeatable",
-    )
     parser.add_argument(
         "--progress", type=_positive, default=PROGRESS_ROWS, metavar="ROWS", help="rows between two lines"
     )
@@ -314,8 +307,7 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     def job() -> dict[str, Any]:
-        lake = Lake(args.lake, _options(args.storage_option))
-        return ingest(args.format, request, lake, mode=args.mode or "create", progress=args.progress)
+        return ingest(args.format, request, cli.lake(args), mode=args.mode or "create", progress=args.progress)
 
     return cli.main(job)
 
@@ -325,16 +317,6 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError("must be 1 or more")
     return value
-
-
-def _options(pairs: list[str]) -> dict[str, str]:
-    options = {}
-    for pair in pairs:
-        key, separator, value = pair.partition("=")
-        if not separator:
-            raise IngestError(f"--storage-option {pair!r}: expected KEY=VALUE")
-        options[key] = value
-    return options
 
 
 if __name__ == "__main__":

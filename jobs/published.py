@@ -8,7 +8,6 @@ the inner product of the user's vector with the items'. Cold items are marked. T
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from dataclasses import dataclass, field
@@ -150,24 +149,9 @@ def recommend(published: Published, user_id: str | None, top: int, *, use_index:
     }
 
 
-def _option(text: str) -> tuple[str, str]:
-    key, separator, value = text.partition("=")
-    if not separator:
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-    return key, value
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = cli.parser(__doc__)
-    parser.add_argument("--lake", required=True, help="a folder or an s3://, gs://, abfss:// URI")
-    parser.add_argument(
-        "--storage-option",
-        action="append",
-        default=[],
-        type=_option,
-        metavar="KEY=VALUE",
-        help="of delta-rs; repeatable",
-    )
+    cli.add_lake(parser)
     parser.add_argument(
         "--date", help="YYYY-MM-DD: the newest publication of this date or before; the newest if left out"
     )
@@ -177,8 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def job() -> dict[str, Any]:
-        lake = Lake(args.lake, dict(args.storage_option))
-        published = latest(lake, parse_run_date(args.date) if args.date else None)
+        published = latest(cli.lake(args), parse_run_date(args.date) if args.date else None)
         answer = recommend(published, args.user, args.top, use_index=args.index)
         log(f"run {answer['run_id']} of {answer['refresh_date']}: the best items for user {answer['user_id']}")
         for rank, item in enumerate(answer["items"], 1):

@@ -1,0 +1,143 @@
+"""Remove trained parts and staged files that no night will read again.
+
+    python -m jobs.prune --lake ./lake --keep-days 60 --dry-run
+
+A night removes the staged files and the index of finished nights, but of the newest keep_runs. What is trained (spaces, models,
+A-LLMRec's parts), what a training or a night that was given up left half done, and what training runs staged stays until
+this command. It keeps
+- what was trained in the `keep_days` days before the newest published night, or later;
+- what `runs` says that the nights of these days used, or a staged stage says that it used, and what that is built on;
+- what was changed less than `keep_days` days ago by the clock, where no date is written.
+
+The tables are as any Delta tables: their old partitions and versions are their owner's (DELETE, VACUUM). A night of before these
+days that is run again trains anew. The last line of stdout is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from typing import Any
+
+from pyarrow import fs
+
+from jobs import cli
+from jobs.lake import Lake
+from jobs.run import STAGES, log
+from jobs.settings import SettingsError
+from jobs.staging import Staging
+from udfs.filesystems import located
+
+# A space stands on its own once it is rotated onto the one before.
+_NOT_BUILT_ON = {"aligned_to"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A trained part, at _artifacts/<kind>/<version>; facts: None unless it is complete."""
+
+    kind: str
+    version: str
+    folder: Staging
+    facts: dict[str, Any] | None
+
+
+def prune(lake: Lake, keep_days: int, now: datetime, *, dry_run: bool = False) -> dict[str, Any]:
+    """Remove what the module says, or with `dry_run` only name it; how many of each kind, and their bytes.
+
+    Raises:
+        SettingsError: keep_days is less than 1.
+    """
+    if keep_days < 1:
+        raise SettingsError(f"--keep-days is {keep_days}: at least the newest day must be kept")
+    rows = lake.read("runs", columns=["refresh_date", "run_id", "stage", "counts"]).to_pylist()
+    published = [r["refresh_date"] for r in rows if r["stage"] == "publish"]
+    summary: dict[str, Any] = {"lake": lake.uri, "dry_run": dry_run, "removed": {}, "bytes": 0}
+    if not published:
+        log("nothing is published: nothing is removed")
+        return summary
+    since, changed_since = max(published) - timedelta(days=keep_days), now - timedelta(days=keep_days)
+    parts = list(_parts(lake))
+    finished = {r["run_id"] for r in rows if r["stage"] == STAGES[-1]}
+    staged = {name: Staging(lake.path(f"_staging/{name}")) for name in Staging(lake.path("_staging")).children()}
+    abandoned = [name for name, folder in staged.items() if name not in finished and _changed(folder) < changed_since]
+    said = [json.loads(r["counts"]) for r in rows if r["refresh_date"] >= since]
+    for name in sorted(set(staged) - set(abandoned)):
+        stages = (Staging(staged[name].path(stage)) for stage in staged[name].children())
+        said += [stage.facts() for stage in stages if stage.is_complete()]
+    kept = _kept(parts, said, since)
+
+    removed = [(part.kind, part.folder) for part in parts if part.facts is not None and part.version not in kept]
+    removed += [
+        (part.kind, part.folder) for part in parts if part.facts is None and _changed(part.folder) < changed_since
+    ]
+    removed += [("staged runs", staged[name]) for name in abandoned]
+    for kind, folder in removed:
+        size = sum(info.size for info in _files(folder))
+        log(f"{'would remove' if dry_run else 'removing'} {folder.uri} ({kind}, {size / 2**20:.1f} MiB)")
+        if not dry_run:
+            folder.clear()
+        summary["removed"][kind] = summary["removed"].get(kind, 0) + 1
+        summary["bytes"] += size
+    log(f"{len(removed)} folders, {summary['bytes'] / 2**20:.1f} MiB; kept is what nights since {since} need")
+    return summary
+
+
+def _parts(lake: Lake) -> Iterator[Part]:
+    for kind in Staging(lake.path("_artifacts")).children():
+        for version in Staging(lake.path(f"_artifacts/{kind}")).children():
+            folder = Staging(lake.path(f"_artifacts/{kind}/{version}"))
+            yield Part(kind, version, folder, folder.facts() if folder.is_complete() else None)
+
+
+def _kept(parts: list[Part], said: list[Any], since: date) -> set[str]:
+    """Versions of complete parts that are young, or named by `said` (JSON), and of all that these name in turn."""
+    facts = {part.version: part.facts for part in parts if part.facts is not None}
+    pending = {version for version, own in facts.items() if date.fromisoformat(own["trained_on"]) >= since}
+    pending |= facts.keys() & {name for one in said for name in _strings(one)}
+    kept: set[str] = set()
+    while pending:
+        kept |= pending
+        pending = facts.keys() & {name for version in pending for name in _strings(facts[version])} - kept
+    return kept
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All strings in JSON, but those that say what a space was rotated onto."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for one in value:
+            yield from _strings(one)
+    elif isinstance(value, dict):
+        for key, one in value.items():
+            if key not in _NOT_BUILT_ON:
+                yield from _strings(one)
+
+
+def _files(folder: Staging) -> list[fs.FileInfo]:
+    filesystem, root = located(folder.uri)
+    found = filesystem.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
+    return [info for info in found if info.type == fs.FileType.File]
+
+
+def _changed(folder: Staging) -> datetime:
+    """When the newest file in it was written; a folder without files is as old as can be."""
+    times = [info.mtime for info in _files(folder) if info.mtime is not None]
+    return max(times, default=datetime.min.replace(tzinfo=UTC))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.parser(__doc__)
+    cli.add_lake(parser)
+    parser.add_argument("--keep-days", type=int, default=60, help="default: %(default)s")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be removed")
+    args = parser.parse_args(argv)
+    return cli.main(lambda: prune(cli.lake(args), args.keep_days, datetime.now(UTC), dry_run=args.dry_run))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

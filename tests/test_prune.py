@@ -1,0 +1,112 @@
+"""jobs/prune.py: what nights of the newest days need stays, all else goes."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import prune
+from jobs.lake import Lake
+from jobs.run import Run
+from jobs.staging import Staging
+from tests import staged_night
+
+NOW = datetime(2026, 6, 30, 12, tzinfo=UTC)
+NEWEST = date(2026, 6, 30)
+LONG_AGO = NOW - timedelta(days=100)
+
+
+def artifact(lake: Path, kind: str, version: str, trained_on: str | None, **facts: Any) -> Path:
+    """A part that was written long ago; incomplete without a date."""
+    folder = Staging(str(lake / "_artifacts" / kind / version))
+    folder.write_bytes("model.safetensors", b"x" * 100)
+    if trained_on:
+        folder.complete({"trained_on": trained_on, **facts})
+    return aged(Path(folder.uri))
+
+
+def aged(folder: Path, when: datetime = LONG_AGO) -> Path:
+    for path in folder.rglob("*"):
+        os.utime(path, (when.timestamp(), when.timestamp()))
+    return folder
+
+
+def night(
+    lake: Path, day: date, number: int = 1, stages: tuple[str, ...] = ("publish", "report"), **counts: Any
+) -> Run:
+    run = staged_night.run_of(lake, day, number)
+    for stage in stages:
+        run.record(stage, counts if stage == stages[0] else {}, 1.0, {})
+    return run
+
+
+def staged(run: Run, stage: str, **facts: Any) -> Path:
+    out = run.staging(stage)
+    out.write_bytes("rows", b"y" * 10)
+    out.complete(facts)
+    return aged(Path(out.uri).parent)
+
+
+def versions(lake: Path) -> set[str]:
+    return {path.name for path in lake.glob("_artifacts/*/*")}
+
+
+def test_what_the_newest_nights_use_and_what_that_stands_on_stays(tmp_path: Path) -> None:
+    artifact(tmp_path, "spaces", "old", "2026-01-01")
+    artifact(tmp_path, "models", "of-old", "2026-01-01", space_version="old")
+    artifact(tmp_path, "spaces", "before", "2026-01-08")
+    # Old, but in use: a space that is trained twice a year, an alignment on it, a reader on that.
+    artifact(tmp_path, "spaces", "used", "2026-02-01", aligned_to="before")
+    artifact(tmp_path, "alignments", "aligned", "2026-02-01", space_version="used")
+    artifact(tmp_path, "readers", "reader", "2026-02-02", alignment_version="aligned")
+    artifact(tmp_path, "spaces", "staged", "2026-02-03")
+    artifact(tmp_path, "spaces", "young", "2026-06-01")
+    night(tmp_path, date(2026, 1, 2), space_version="old", model_version="of-old")
+    night(tmp_path, NEWEST, model_version=None, weights={"version": "reader"})
+    kept = night(tmp_path, date(2026, 3, 1), 2)
+    staged(kept, "cf", space_version="staged")
+    lake, before = Lake(str(tmp_path)), versions(tmp_path)
+
+    told = prune.prune(lake, 60, NOW, dry_run=True)
+    assert versions(tmp_path) == before
+    expected = {"spaces": 2, "models": 1}
+    assert (told["removed"], told["dry_run"]) == (expected, True)
+    assert 300 < told["bytes"] < 3000
+    done = prune.prune(lake, 60, NOW)
+    assert (done["removed"], done["bytes"]) == (expected, told["bytes"])
+    assert versions(tmp_path) == before - {"old", "of-old", "before"}
+    assert prune.prune(lake, 60, NOW)["removed"] == {}
+    # Of everything that was trained by the newest night, more days keep more.
+    assert prune.prune(lake, 1, NOW)["removed"] == {"spaces": 1}
+    assert versions(tmp_path) == {"used", "aligned", "reader", "staged"}
+
+
+def test_what_was_given_up_goes_when_it_is_old(tmp_path: Path) -> None:
+    night(tmp_path, NEWEST)
+    finished = staged(night(tmp_path, date(2026, 3, 1), 2), "snapshot")
+    abandoned = staged(night(tmp_path, date(2026, 3, 1), 3, stages=("open",)), "snapshot")
+    training = staged(night(tmp_path, date(2026, 3, 2), 4, stages=("open_training", "filterllm_train")), "snapshot")
+    running = aged(staged(night(tmp_path, date(2026, 3, 3), 5, stages=("open",)), "snapshot"), NOW - timedelta(days=1))
+    old = [artifact(tmp_path, "checkpoints", "given-up", None), artifact(tmp_path, "models", "half", None)]
+    new = aged(artifact(tmp_path, "checkpoints", "in-training", None), NOW - timedelta(hours=1))
+    (tmp_path / "_artifacts" / "checkpoints" / "empty").mkdir()
+    told = prune.prune(Lake(str(tmp_path)), 60, NOW)
+    assert told["removed"] == {"checkpoints": 2, "models": 1, "staged runs": 2}
+    assert [path.exists() for path in (finished, running, new)] == [True] * 3
+    assert [path.exists() for path in (abandoned, training, *old)] == [False] * 4
+
+
+def test_where_nothing_is_published_nothing_is_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = artifact(tmp_path, "spaces", "old", "2020-01-01")
+    assert prune.main(["--lake", str(tmp_path)]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["removed"] == {}
+    assert "nothing is published" in captured.err
+    assert old.exists()
+    assert prune.main(["--lake", str(tmp_path), "--keep-days", "0"]) == 1
+    assert "--keep-days is 0" in capsys.readouterr().err
