@@ -65,7 +65,7 @@ class AllmrecReader(Section):
     candidates: bool = Field(
         True,
         description="the prompt names the candidates; false (not in the paper): it does not, and a title is ranked by how much "
-        "likelier the user makes it, which takes half the time and suits small models",
+        "likelier the user makes it",
     )
     normalise: bool = Field(True, description="titles are ranked by likelihood a token, otherwise by their whole one")
     negatives: int = Field(19, ge=1, description="training: candidates beside the true one")
