@@ -287,8 +287,8 @@ def test_nobody_to_serve_is_no_failure_and_trains_nothing(done: Done) -> None:
 
 def test_without_the_candidates_in_the_prompt_titles_count_by_what_the_user_adds(done: Done) -> None:
     run, _, _ = done
-    settings = changed(run, {"candidates": False, "epochs": 5, "weigh_users": 0})
-    summary = recommend.recommend(settings, DAY, OTHERS)
+    settings = changed(run, {"candidates": False, "epochs": 1, "weigh_users": 0})
+    summary = recommend.recommend(settings, DAY, Asked(["u1-1", "u2-0"], 7, 5))
     found, side, spoken = _sides(run)
     conf = settings.allmrec.reader
     files = allmrec_artifacts.files(run, "readers", summary["model_version"])
