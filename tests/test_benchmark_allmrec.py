@@ -25,7 +25,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ITEMS, USERS, TOPICS = 40, 60, 4
 WORDS = ("tea", "yarn", "chess", "bicycle"), ("red", "old", "big", "new", "hot")
 TITLES = [f"{WORDS[0][i % TOPICS]} {WORDS[1][i // 8]}" for i in range(ITEMS)]
-ID_MODELS = ("NCF", "LightGCN", "ALS", "A-LLMRec on NCF", "A-LLMRec on LightGCN", "A-LLMRec on ALS")
+ID_MODELS = [
+    f"{on}{name}"
+    for on in ("", "A-LLMRec on ", "stage 1 only, frozen encoder, on ")
+    for name in ("NCF", "LightGCN", "ALS")
+]
 
 
 @pytest.fixture(scope="module")

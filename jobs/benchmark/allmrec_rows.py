@@ -77,6 +77,17 @@ _BACKBONES = {
     "ALS": "als_cg",
 }
 
+#: Of the first stage.
+_ABLATIONS: dict[str, dict[str, Any]] = {
+    "without match": {"match": "none"},
+    "without reconstruction": {"reconstruction": False},
+    "without recommendation loss": {"recommendation": 0.0},
+    "InfoNCE": {"match": "infonce"},
+    "deep alignment": {"deep": True},
+}
+_STAGE_1: dict[str, Any] = {"ranker": "stage 1", "tuned": False}
+_OTHERS = {name: kind for name, kind in _BACKBONES.items() if kind != "sasrec"}
+
 ROWS = (
     Row("random", {"ranker": "random"}),
     Row("popularity", {"ranker": "popularity"}),
@@ -86,7 +97,9 @@ ROWS = (
     Row("text encoder only", {"ranker": "text"}),
     Row("text encoder only, MiniLM + words", {"ranker": "text", "text_model": "minilm+words"}),
     Row("stage 1 only", {"ranker": "stage 1"}),
-    Row("stage 1 only, frozen encoder", {"ranker": "stage 1", "tuned": False}),
+    Row("stage 1 only, frozen encoder", _STAGE_1),
+    *(Row(f"stage 1 only, frozen encoder, {name}", {**_STAGE_1, **changes}) for name, changes in _ABLATIONS.items()),
+    *(Row(f"stage 1 only, frozen encoder, on {name}", {**_STAGE_1, "backbone": kind}) for name, kind in _OTHERS.items()),
     # text_recommendation, which the paper does not have: f_I^dec(q_i) itself learns to rank.
     Row("stage 1 only, frozen encoder, text taught to rank", {"ranker": "stage 1", "tuned": False, "text_recommendation": 1.0}),
     Row(
@@ -111,15 +124,11 @@ ROWS = (
         {"ranker": "reader with stage 1", "tuned": False, "text_recommendation": 1.0, "text_model": "minilm+words"},
     ),
     Row("candidates not named", {"candidates": False}),
-    Row("without match", {"match": "none"}),
-    Row("without reconstruction", {"reconstruction": False}),
-    Row("without recommendation loss", {"recommendation": 0.0}),
+    *(Row(name, changes) for name, changes in _ABLATIONS.items()),
     Row("frozen encoder", {"tuned": False}),
     Row("without user", {"user": False}),
     Row("without joint item", {"items": False}),
     Row("random joint item", {"random_joint": True}),
-    Row("InfoNCE", {"match": "infonce"}),
-    Row("deep alignment", {"deep": True}),
     Row("text taught to rank", {"text_recommendation": 1.0}),
-    *(Row(f"A-LLMRec on {name}", {"backbone": kind}) for name, kind in _BACKBONES.items() if kind != "sasrec"),
+    *(Row(f"A-LLMRec on {name}", {"backbone": kind}) for name, kind in _OTHERS.items()),
 )  # fmt: skip
