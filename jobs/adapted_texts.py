@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import pyarrow as pa
@@ -10,11 +9,9 @@ import pyarrow.compute as pc
 
 from jobs.filterllm_train import load_adapter
 from jobs.run import Run, log
-from jobs.text_embeddings import TABLE, encoder_spec
-from schemas.table import table as schema
+from jobs.text_embeddings import TABLE, app, encoder_spec, rows
 from udfs.actor_pool import map_ordered
 from udfs.lora import AdaptedEncoderActor
-from udfs.vectors import to_column
 
 
 def encode(run: Run, trained: dict[str, Any], shas: pa.Array) -> None:
@@ -34,7 +31,8 @@ def encode(run: Run, trained: dict[str, Any], shas: pa.Array) -> None:
     items = run.staging("snapshot").read("items_labelled", ["content", "text_sha256"])
     content = items["content"].take(pc.index_in(pending, value_set=items["text_sha256"].combine_chunks()))
     size = run.settings.text.shard_texts
-    shards = [slice(start, start + size) for start in range(0, len(pending), size)]
+    shards = [pending.slice(start, size) for start in range(0, len(pending), size)]
+    sequences = run.lake.sequences(TABLE, [app(shard, version) for shard in shards])
     log(f"[filterllm_score] {len(pending)} texts through the model's adapters")
     worker = (
         encoder_spec(run.settings.text),
@@ -45,13 +43,10 @@ def encode(run: Run, trained: dict[str, Any], shas: pa.Array) -> None:
     encoded = map_ordered(
         AdaptedEncoderActor,
         worker,
-        (content[shard].to_pylist() for shard in shards),
+        (content.slice(start, size).to_pylist() for start in range(0, len(pending), size)),
         actors=min(ray.actors, len(shards)),
         cpus=ray.cpus_per_actor,
         gpus=ray.gpus_per_actor,
     )
-    for shard, vectors in zip(shards, encoded, strict=True):
-        names = pending[shard]
-        columns = {"text_sha256": names, "model_version": [version] * len(names), "embedding": to_column(vectors)}
-        app = f"{TABLE}/{version}/{hashlib.sha256(''.join(names.to_pylist()).encode()).hexdigest()[:32]}"
-        run.lake.commit(TABLE, schema(TABLE).conform(pa.table(columns)), app=app)
+    for shard, sequence, vectors in zip(shards, sequences, encoded, strict=True):
+        run.lake.commit(TABLE, rows(shard, version, vectors), app=app(shard, version), sequence=sequence)

@@ -153,7 +153,8 @@ def _score(
         user_tile=settings.sampling.user_tile,
         seed=settings.seed,
     )
-    table = run.lake.table(TABLE) if run.lake.exists(TABLE) else None
+    apps = [f"{TABLE}/{version}/{_digest(shard)}" for shard in shards]
+    sequences = run.lake.sequences(TABLE, apps)
     with cluster(settings.ray), Progress("filterllm_score", pending.num_rows, "items") as progress:
         import ray
 
@@ -170,12 +171,8 @@ def _score(
             cpus=settings.ray.cpus_per_actor,
             gpus=settings.ray.gpus_per_actor,
         )
-        for shard, (users, probabilities) in zip(shards, results, strict=True):
+        for shard, app, sequence, (users, probabilities) in zip(shards, apps, sequences, results, strict=True):
             rows = _rows(shard, version, vocabulary, users, probabilities, sampling.draw)
-            app = f"{TABLE}/{version}/{_digest(shard)}"
-            before = table.transaction_version(app) if table is not None else None
-            # A shard that was committed and whose rows have been deleted since is written again.
-            sequence = 0 if before is None else before + 1
             run.lake.commit(TABLE, rows, app=app, sequence=sequence, lineage={"run_id": run.run_id})
             progress.advance(shard.num_rows)
 

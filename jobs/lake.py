@@ -151,6 +151,18 @@ class Lake:
                 raise LakeError(f"table '{name}' at {self.path(name)} cannot be written: {error}") from error
         raise LakeError(f"table '{name}': other writers won {_ATTEMPTS} times; run again")
 
+    def sequences(self, name: str, apps: list[str], version: int | None = None) -> list[int]:
+        """The number that each of the transactions `apps` may use next, by the table at `version`.
+
+        Usually 0. What was committed and is not in the table any more (rows were deleted) gets a higher one, so that it is
+        written again; what another run commits meanwhile is not.
+        """
+        if not self.exists(name):
+            return [0] * len(apps)
+        delta = self.table(name, version)
+        done = [delta.transaction_version(app) for app in apps]
+        return [0 if number is None else number + 1 for number in done]
+
 
 def _gains(delta: DeltaTable, contract: Table) -> Literal["merge"] | None:
     """merge, so that the table gets what its contract gained since it was made: columns that may be null. Otherwise None."""

@@ -1,4 +1,4 @@
-"""Remove trained parts and staged files that no night will read again.
+"""Remove trained parts, cached rows and staged files that no night will read again.
 
     python -m jobs.prune --lake ./lake --keep-days 60 --dry-run
 
@@ -9,8 +9,10 @@ this command. It keeps
 - what `runs` says that the nights of these days used, or a staged stage says that it used, and what that is built on;
 - what was changed less than `keep_days` days ago by the clock, where no date is written.
 
-The tables are as any Delta tables: their old partitions and versions are their owner's (DELETE, VACUUM). A night of before these
-days that is run again trains anew. The last line of stdout is JSON.
+Of the caches (`text_embeddings`, `item_scores`) it deletes what stands under a model's or a scoring's version that is not kept;
+the files go when the tables are vacuumed. The other tables are as any Delta tables: their old partitions and versions are their
+owner's (DELETE, VACUUM). A night of before these days that is run again trains, encodes and scores anew. The last line of stdout
+is JSON.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
+import pyarrow as pa
 from pyarrow import fs
 
 from jobs import cli
@@ -29,8 +32,11 @@ from jobs.lake import Lake
 from jobs.run import STAGES, log
 from jobs.settings import SettingsError
 from jobs.staging import Staging
+from schemas.table import table as schema
 from udfs.filesystems import located
 
+# What can be computed again; a table's partition is one version.
+_CACHES = ("text_embeddings", "item_scores")
 # A space stands on its own once it is rotated onto the one before.
 _NOT_BUILT_ON = {"aligned_to"}
 
@@ -75,6 +81,9 @@ def prune(lake: Lake, keep_days: int, now: datetime, *, dry_run: bool = False) -
         (part.kind, part.folder) for part in parts if part.facts is None and _changed(part.folder) < changed_since
     ]
     removed += [("staged runs", staged[name]) for name in abandoned]
+    named = set(_strings([*said, *(part.facts for part in parts if part.version in kept)]))
+    for name in _CACHES:
+        _prune_cache(lake, name, {version for one in named for version in one.split("+")}, changed_since, summary)
     for kind, folder in removed:
         size = sum(info.size for info in _files(folder))
         log(f"{'would remove' if dry_run else 'removing'} {folder.uri} ({kind}, {size / 2**20:.1f} MiB)")
@@ -82,7 +91,9 @@ def prune(lake: Lake, keep_days: int, now: datetime, *, dry_run: bool = False) -
             folder.clear()
         summary["removed"][kind] = summary["removed"].get(kind, 0) + 1
         summary["bytes"] += size
-    log(f"{len(removed)} folders, {summary['bytes'] / 2**20:.1f} MiB; kept is what nights since {since} need")
+    log(
+        f"{sum(summary['removed'].values())} parts, {summary['bytes'] / 2**20:.1f} MiB; kept is what nights since {since} need"
+    )
     return summary
 
 
@@ -116,6 +127,26 @@ def _strings(value: Any) -> Iterator[str]:
         for key, one in value.items():
             if key not in _NOT_BUILT_ON:
                 yield from _strings(one)
+
+
+def _prune_cache(lake: Lake, name: str, named: set[str], changed_since: datetime, summary: dict[str, Any]) -> None:
+    """Delete the partitions of a cache that are neither `named` nor young, and add them to the summary."""
+    if not lake.exists(name):
+        return
+    (key,), delta = schema(name).partition_by, lake.table(name)
+    files = pa.table(delta.get_add_actions(flatten=True)).group_by(f"partition.{key}")
+    sizes = files.aggregate([("size_bytes", "sum"), ("modification_time", "max")]).to_pylist()
+    old = {
+        str(one[f"partition.{key}"]): one["size_bytes_sum"]
+        for one in sizes
+        if one[f"partition.{key}"] not in named and one["modification_time_max"] < 1000 * changed_since.timestamp()
+    }
+    for version, size in sorted(old.items()):
+        log(f"{'would delete' if summary['dry_run'] else 'deleting'} {version} from {name} ({size / 2**20:.1f} MiB)")
+        summary["removed"][name] = summary["removed"].get(name, 0) + 1
+        summary["bytes"] += size
+    if old and not summary["dry_run"]:
+        delta.delete(f"{key} IN ({', '.join(repr(version) for version in sorted(old))})")
 
 
 def _files(folder: Staging) -> list[fs.FileInfo]:

@@ -153,26 +153,14 @@ class _Cache:
         rows = lake.read(TABLE, columns=["text_sha256"], version=at, model_version=model_version)
         return cls(lake, at, rows["text_sha256"].combine_chunks())
 
-    def sequences(self, apps: list[str]) -> list[int]:
-        """The transaction number that each of `apps` may use next.
-
-        Usually 0. A shard that was committed before and is not in the table any more (rows were deleted) gets a higher
-        one, so that it is written again; one that another run commits meanwhile is not.
-        """
-        if self.at is None:
-            return [0] * len(apps)
-        table = self.lake.table(TABLE, self.at)
-        done = [table.transaction_version(app) for app in apps]
-        return [0 if number is None else number + 1 for number in done]
-
 
 def _encode(run: Run, spec: EncoderSpec, version: str, cache: _Cache, pending: pa.Array) -> None:
     """Encode and commit the texts whose hashes are `pending` (sorted)."""
     text, ray = run.settings.text, run.settings.ray
     size = text.shard_texts
     shards = [pending.slice(start, size) for start in range(0, len(pending), size)]
-    apps = [f"{TABLE}/{version}/{_digest(shard)}" for shard in shards]
-    sequences = cache.sequences(apps)
+    apps = [app(shard, version) for shard in shards]
+    sequences = run.lake.sequences(TABLE, apps, cache.at) if cache.at is not None else [0] * len(apps)
     content = _texts(run.staging("snapshot"), pending, text.max_tokens)
     log(f"[{TABLE}] {len(pending)} texts in {len(shards)} shards through {version}")
     worker = (spec, version, "cuda" if ray.gpus_per_actor > 0 else "cpu")
@@ -182,8 +170,8 @@ def _encode(run: Run, spec: EncoderSpec, version: str, cache: _Cache, pending: p
         encoded = map_ordered(
             EncoderActor, worker, lists, actors=actors, cpus=ray.cpus_per_actor, gpus=ray.gpus_per_actor
         )
-        for shard, app, sequence, vectors in zip(shards, apps, sequences, encoded, strict=True):
-            run.lake.commit(TABLE, _rows(shard, version, vectors), app=app, sequence=sequence)
+        for shard, one, sequence, vectors in zip(shards, apps, sequences, encoded, strict=True):
+            run.lake.commit(TABLE, rows(shard, version, vectors), app=one, sequence=sequence)
             progress.advance(len(shard))
 
 
@@ -204,12 +192,12 @@ def _texts(snapshot: Staging, shas: pa.Array, max_tokens: int) -> pa.Array:
     return pc.utf8_slice_codeunits(content, 0, max_tokens * CHARACTERS_A_TOKEN).combine_chunks()
 
 
-def _digest(shard: pa.Array) -> str:
-    """What a shard is: the hash of its texts' hashes."""
-    return hashlib.sha256("".join(shard.to_pylist()).encode()).hexdigest()[:32]
+def app(shard: pa.Array, version: str) -> str:
+    """The transaction that commits a shard of texts, given by their hashes, under a model's version."""
+    return f"{TABLE}/{version}/{hashlib.sha256(''.join(shard.to_pylist()).encode()).hexdigest()[:32]}"
 
 
-def _rows(shard: pa.Array, version: str, vectors: np.ndarray) -> pa.Table:
+def rows(shard: pa.Array, version: str, vectors: np.ndarray) -> pa.Table:
     """Rows of the table from `vectors` [len(shard), width] float32."""
     embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
     columns = {"text_sha256": shard, "model_version": [version] * len(shard), "embedding": embedding}

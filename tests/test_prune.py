@@ -8,9 +8,11 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
-from jobs import prune
+from jobs import prune, text_embeddings
 from jobs.lake import Lake
 from jobs.run import Run
 from jobs.staging import Staging
@@ -99,6 +101,41 @@ def test_what_was_given_up_goes_when_it_is_old(tmp_path: Path) -> None:
     assert told["removed"] == {"checkpoints": 2, "models": 1, "staged runs": 2}
     assert [path.exists() for path in (finished, running, new)] == [True] * 3
     assert [path.exists() for path in (abandoned, training, *old)] == [False] * 4
+
+
+def test_cached_rows_stay_while_a_kept_night_or_part_names_their_version(tmp_path: Path) -> None:
+    lake = Lake(str(tmp_path))
+
+    def cached() -> tuple[set[str], set[str]]:
+        texts, scores = lake.read("text_embeddings"), lake.read("item_scores")
+        return set(texts["model_version"].to_pylist()), set(scores["scoring_version"].to_pylist())
+
+    for version in ("mini", "words", "adapted", "replaced"):
+        rows = text_embeddings.rows(pa.array(["sha"]), version, np.ones((1, 4), np.float32))
+        lake.commit("text_embeddings", rows, app=f"text_embeddings/{version}")
+    for version in ("tonight", "last-year"):
+        row = {
+            "item_id": "i",
+            "text_sha256": "sha",
+            "user_id": "u",
+            "rank": 1,
+            "probability": 0.5,
+            "propensity": "top_k",
+        }
+        scores = pa.Table.from_pylist([{"scoring_version": version, **row}])
+        lake.commit("item_scores", scores, app=f"item_scores/{version}")
+    artifact(tmp_path, "models", "model", "2026-06-01", encoder_version="adapted")
+    night(tmp_path, NEWEST, model_version="mini+words", scoring_version="tonight")
+    night(tmp_path, date(2025, 6, 30), 2, model_version="replaced", scoring_version="last-year")
+    # The files are of now: by a clock of next year they are old.
+    assert prune.prune(lake, 60, datetime.now(UTC))["removed"] == {}
+    later = datetime.now(UTC) + timedelta(days=365)
+    told = prune.prune(lake, 60, later, dry_run=True)
+    assert cached() == ({"mini", "words", "adapted", "replaced"}, {"tonight", "last-year"})
+    done = prune.prune(lake, 60, later)
+    assert done["removed"] == told["removed"] == {"text_embeddings": 1, "item_scores": 1}
+    assert done["bytes"] == told["bytes"] > 500
+    assert cached() == ({"mini", "words", "adapted"}, {"tonight"})
 
 
 def test_where_nothing_is_published_nothing_is_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -136,8 +136,8 @@ def test_rows_that_were_deleted_are_encoded_again(tmp_path: Path) -> None:
     version = text_embeddings.model_version(run.settings.text)
     shas = pa.array(sorted(sha(t) for t in TEXTS[:4]))
     # As an earlier run left it: the shard committed under its name, its rows deleted since.
-    rows = text_embeddings._rows(shas, version, np.zeros((4, 384), np.float32))
-    app = f"text_embeddings/{version}/{text_embeddings._digest(shas)}"
+    rows = text_embeddings.rows(shas, version, np.zeros((4, 384), np.float32))
+    app = text_embeddings.app(shas, version)
     run.lake.commit("text_embeddings", rows, app=app)
     run.lake.table("text_embeddings").delete()
     assert encode(run)["encoded"] == 4
@@ -151,10 +151,10 @@ def test_rows_that_stand_twice_do_no_harm(tmp_path: Path) -> None:
     shas = [sha(t) for t in TEXTS[:3]]
     vectors = np.arange(3 * 384, dtype=np.float32).reshape(3, 384)
     for app in ("one run", "another run"):
-        run.lake.commit("text_embeddings", text_embeddings._rows(pa.array(shas), version, vectors), app=app)
+        run.lake.commit("text_embeddings", text_embeddings.rows(pa.array(shas), version, vectors), app=app)
     np.testing.assert_array_equal(text_embeddings.load(run, shas[::-1], version), vectors[::-1])
     assert encode(run)["cached"] == 3
-    wider = text_embeddings._rows(pa.array(shas), version, np.ones((3, 8), np.float32))
+    wider = text_embeddings.rows(pa.array(shas), version, np.ones((3, 8), np.float32))
     run.lake.commit("text_embeddings", wider, app="of another width")
     with pytest.raises(text_embeddings.TextEmbeddingsError, match=r"width|and 8|8 and"):
         text_embeddings.load(run, shas, version)
