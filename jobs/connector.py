@@ -57,6 +57,7 @@ _SPARK_SUBMIT = """#!/usr/bin/env bash
 here="$(cd "$(dirname "${{BASH_SOURCE[0]}}")" && pwd)"
 export SPARK_HOME="{spark_home}"
 export PYSPARK_PYTHON="${{PYSPARK_PYTHON:-$here/python}}"
+export SPARK_DRIVER_MEMORY="${{SPARK_DRIVER_MEMORY:-3g}}"
 export PATH="$here:$PATH"
 exec "$SPARK_HOME/bin/spark-submit" "$@"
 """

@@ -5,8 +5,10 @@ A user's own tables may use any Delta feature (deletion vectors, column mapping,
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
+from jobs.lake import LakeError
 from jobs.run import Run
 from jobs.settings import InputTable
 from jobs.spark_session import spark_path
@@ -23,6 +25,8 @@ _ACCEPTED = {
     "double": ("double", "float", "int", "bigint", "smallint", "tinyint", "decimal"),
     "long": ("bigint", "int", "smallint", "tinyint"),
 }
+# What Hadoop says of a scheme that it does not know, or whose class is not there.
+_NO_CLIENT = re.compile("FileSystem not found|No FileSystem for scheme")
 
 
 def _read(spark: SparkSession, run: Run, name: str, source: InputTable, version: int | None) -> DataFrame:
@@ -31,7 +35,17 @@ def _read(spark: SparkSession, run: Run, name: str, source: InputTable, version:
     contract = schema(name)
     path = run.lake.path(source.table)
     pinned = run.input_versions[name] if version is None else version
-    frame = spark.read.format("delta").option("versionAsOf", pinned).load(spark_path(path))
+    try:
+        frame = spark.read.format("delta").option("versionAsOf", pinned).load(spark_path(path))
+    except Exception as error:
+        if _NO_CLIENT.search(str(error)):
+            hadoop = spark.sparkContext._jvm.org.apache.hadoop.util.VersionInfo.getVersion()
+            raise LakeError(
+                f"Spark has no client for {spark_path(path)}. Give it one that fits its Hadoop, such as "
+                f"org.apache.hadoop:hadoop-aws:{hadoop} for S3: `spark-submit --packages`, or spark.jars.packages in "
+                "spark.conf where spark-submit is not used"
+            ) from None
+        raise
     held = {column.lower(): (column, kind) for column, kind in frame.dtypes}
     unknown = sorted(set(source.columns) - {c.name for c in contract.columns})
     if unknown:
@@ -65,6 +79,7 @@ def interactions(spark: SparkSession, run: Run, *, version: int | None = None) -
 
     Raises:
         ContractError: a column is missing or has the wrong type.
+        LakeError: Spark has no client for the object store.
     """
     return _read(spark, run, "interactions", run.settings.inputs.interactions, version)
 

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from jobs import connector
+from jobs.run import log
 from jobs.settings import Spark
 
 _CONF = {
@@ -20,9 +21,11 @@ _CONF = {
     "spark.sql.shuffle.partitions": "8",
     "spark.ui.showConsoleProgress": "true",
     "spark.driver.memory": "3g",
-    "spark.driver.host": "127.0.0.1",
-    "spark.driver.bindAddress": "127.0.0.1",
 }
+# Workers on other machines need the driver's true address.
+_ONE_MACHINE = {"spark.driver.host": "127.0.0.1", "spark.driver.bindAddress": "127.0.0.1"}
+# Read when Java starts, which spark-submit has done before there is a session.
+_OF_THE_START = ("spark.driver.", "spark.jars")
 
 
 def session(settings: Spark, name: str = "cold-refresh") -> Any:
@@ -31,22 +34,35 @@ def session(settings: Spark, name: str = "cold-refresh") -> Any:
     Raises:
         jobs.connector.ConnectorMissing: Spark has no Delta connector.
     """
-    from pyspark import SparkConf
+    from pyspark import SparkConf, SparkContext
     from pyspark.sql import SparkSession
 
+    if active := SparkSession.getActiveSession():
+        return active
     connector.check()
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    told = SparkConf()  # what spark-submit put into the JVM, when it started this process
+    submitted = "PYSPARK_GATEWAY_PORT" in os.environ
+    if submitted:
+        SparkContext._ensure_initialized()
+    told = SparkConf()  # what spark-submit put into Java, when it started this process
     builder = SparkSession.builder.appName(name)
     wanted = {
         **_CONF,
         **({"spark.ui.showConsoleProgress": "false"} if not sys.stderr.isatty() else {}),
         **settings.conf,
     }
-    if not told.contains("spark.master"):
-        builder = builder.master(settings.master or "local[*]")
-    elif told.get("spark.master", "").startswith("local") is False:
-        wanted = {k: v for k, v in wanted.items() if not k.startswith("spark.driver.")}
+    # Which spark-submit says too when it was told nothing.
+    master = told.get("spark.master", "local[*]")
+    if master == "local[*]":
+        master = settings.master or master
+        builder = builder.master(master)
+    if master.startswith("local["):
+        wanted = {**_ONE_MACHINE, **wanted}
+    late = [k for k, v in settings.conf.items() if submitted and k.startswith(_OF_THE_START) and told.get(k) != v]
+    if late:
+        log(
+            f"Spark runs already, without {', '.join(late)} of spark.conf: give them to spark-submit (--conf KEY=VALUE)"
+        )
     for key, value in wanted.items():
         if not told.contains(key):
             builder = builder.config(key, value)

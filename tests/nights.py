@@ -79,7 +79,7 @@ def kill_at(conf: Path, run_date: object, stage: str, delay: float) -> None:
     process.wait()
 
 
-def tables(lake: Path, run_date: date) -> dict[str, pa.Table]:
+def tables(lake: Path | str, run_date: date) -> dict[str, pa.Table]:
     """The output tables of a night, in the order of their keys."""
     found = {}
     for name in (*OUTPUTS, "rejected_rows", "metrics"):
@@ -88,7 +88,7 @@ def tables(lake: Path, run_date: date) -> dict[str, pa.Table]:
     return found
 
 
-def assert_same_tables(one: Path, two: Path, run_date: date) -> None:
+def assert_same_tables(one: Path | str, two: Path | str, run_date: date) -> None:
     """Both lakes hold the same output tables of a night: numbers within 1e-5, everything else to the last character."""
     left, right = tables(one, run_date), tables(two, run_date)
     for name, table in left.items():
