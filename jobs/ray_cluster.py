@@ -32,6 +32,7 @@ def cluster(settings: RayCluster) -> Iterator[None]:
     Raises:
         ClusterError: no Ray answers at the address (known within about a minute), or one actor wants more than there is.
     """
+    _leave_out_jars()
     import ray
 
     if ray.is_initialized():
@@ -53,6 +54,15 @@ def cluster(settings: RayCluster) -> Iterator[None]:
     if not address:
         _require_room(settings)
     yield
+
+
+def _leave_out_jars() -> None:
+    """spark-submit --packages puts its jars on Python's path, where each process of Ray's would look for every module: with S3's
+    client (700 MB) Ray takes longer to start than it waits."""
+    sys.path[:] = [path for path in sys.path if not path.endswith(".jar")]
+    if "PYTHONPATH" in os.environ:
+        paths = os.environ["PYTHONPATH"].split(os.pathsep)
+        os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if not path.endswith(".jar"))
 
 
 def _address(settings: RayCluster) -> str | None:

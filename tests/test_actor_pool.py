@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,6 +102,14 @@ def test_a_cluster_within_a_cluster_is_the_same_one() -> None:
     with cluster(RayCluster()):
         assert ray.get_runtime_context().get_job_id() == before
     assert ray.is_initialized()
+
+
+def test_jars_that_spark_put_on_the_path_are_left_out_of_rays_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", ["/jars/client.jar", *sys.path])
+    monkeypatch.setenv("PYTHONPATH", f"/jars/client.jar{os.pathsep}/modules{os.pathsep}/modules.zip")
+    with cluster(RayCluster(actors=1)):
+        assert "/jars/client.jar" not in sys.path
+        assert os.environ["PYTHONPATH"] == f"/modules{os.pathsep}/modules.zip"
 
 
 def test_unreachable_addresses_are_known_soon(monkeypatch: pytest.MonkeyPatch) -> None:
