@@ -13,13 +13,17 @@ import pytest
 from tests import java, nights
 from tests import small_lake as small
 
-# Whole nights in processes of their own: the longest tests.
-_NIGHTS = ("test_cold_refresh.py", "test_dags.py", "test_backfill.py", "test_quality_benchmark.py")
+# Whole nights in processes of their own, and many starts of Ray or jobs of Spark: the longest, so that none of them is left over
+# for one worker at the end.
+_LONGEST = [
+    f"test_{name}.py"
+    for name in ("dags", "cold_refresh", "backfill", "filterllm_stages", "snapshot", "text_embeddings", "recommend")
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first; two workers take file by file (-n 2 --dist loadfile), so what tests of a file share is made once."""
-    items.sort(key=lambda item: item.path.name not in _NIGHTS)
+    items.sort(key=lambda item: _LONGEST.index(item.path.name) if item.path.name in _LONGEST else len(_LONGEST))
 
 
 @pytest.fixture(scope="session", autouse=True)
