@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from tests import java, nights
 from tests import small_lake as small
@@ -55,9 +58,22 @@ def small_lake(tmp_path: Path) -> small.SmallLake:
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[small.SmallLake, dict[str, Any]]:
-    """A lake after one night that nothing disturbed, run by spark-submit, and the night's summary."""
-    lake = small.build(tmp_path_factory.mktemp("undisturbed"))
-    return lake, nights.night(lake.conf, lake.run_date)
+    """A lake after one night that nothing disturbed, run by spark-submit, and the night's summary.
+
+    The night is run once for all workers of pytest; each has a copy of its own, since tests run further nights on it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    made = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "undisturbed-night"
+    with FileLock(f"{made}.lock"):
+        if not (made / "summary.json").exists():
+            shutil.rmtree(made, ignore_errors=True)
+            made.mkdir()
+            lake = small.build(made)
+            (made / "summary.json").write_text(json.dumps(nights.night(lake.conf, lake.run_date)))
+    own = small.build(tmp_path_factory.mktemp("undisturbed"))
+    shutil.rmtree(own.lake)
+    shutil.copytree(made / "lake", own.lake)
+    return own, json.loads((made / "summary.json").read_text())
 
 
 @pytest.fixture(scope="session")
