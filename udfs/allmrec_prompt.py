@@ -69,7 +69,8 @@ class Prompt:
 class Prompts:
     """Prompts about the items of one catalogue, and the answers to them: a title a line, as short as lists can be.
 
-    titles: the tokens of each title, as far as it is read. end: those that end a line, and so an answer.
+    texts: the titles as they came; they become tokens when they are first asked for, since a worker's users meet a small part
+    of a large catalogue. end: the tokens that end a line, and so an answer.
     """
 
     def __init__(self, tokenizer: Any, titles: Sequence[str], options: PromptOptions) -> None:
@@ -81,9 +82,7 @@ class Prompts:
         if options.title_tokens < 1:
             raise AllmrecError(f"title_tokens is {options.title_tokens}: of a title one token must be read at least")
         self.options = options
-        tokens = PromptTokens(tokenizer)
-        clean = [" ".join(tokens.clean(title).split()) or _UNTITLED for title in titles]
-        self.titles = [ids[: options.title_tokens] for ids in tokens.ids(clean)]
+        self._tokens, self.texts, self._read = PromptTokens(tokenizer), titles, dict[int, list[int]]()
         own = options.wording
         parts = [
             " is a user representation." if options.user else "",
@@ -93,12 +92,19 @@ class Prompts:
             "The recommendation is:\n",
             "\n",
         ]
-        self._user, self._past, self._none, self._ask, self._recommendation, self.end = tokens.ids(parts)
+        self._user, self._past, self._none, self._ask, self._recommendation, self.end = self._tokens.ids(parts)
         # A model's first position is often where attention goes that goes nowhere: it should not be the user's.
         self._first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
     def __len__(self) -> int:
-        return len(self.titles)
+        return len(self.texts)
+
+    def title(self, item: int) -> list[int]:
+        """The tokens of an item's title, as far as it is read."""
+        if item not in self._read:
+            clean = " ".join(self._tokens.clean(self.texts[item]).split()) or _UNTITLED
+            self._read[item] = self._tokens.ids([clean])[0][: self.options.title_tokens]
+        return self._read[item]
 
     def prompt(self, history: Ints, candidates: Ints) -> Prompt:
         """The prompt of a user with this history [any], oldest first, who is to choose among `candidates` [C].
@@ -109,7 +115,7 @@ class Prompts:
         tokens, places, items = list(self._first), [], []
 
         def name(number: int) -> None:
-            tokens.extend(self.titles[number])
+            tokens.extend(self.title(number))
             if self.options.items:
                 places.append(len(tokens))
                 items.append(number)
@@ -138,8 +144,8 @@ class Prompts:
         return Prompt([*self._first, *self._past], -1, [], [])
 
     def answer(self, item: int) -> list[int]:
-        """The tokens of an item's title, as far as it is read, and of the end of an answer."""
-        return [*self.titles[item], *self.end]
+        """The tokens of an item's title and of the end of an answer."""
+        return [*self.title(item), *self.end]
 
 
 def _shuffled(history: Ints, candidates: Ints) -> Ints:

@@ -109,7 +109,7 @@ def train(
     shapes = {name: list(parameter.shape) for name, parameter in reader.model.named_parameters()}
     prompts = catalogue.prompts
     key = identity(
-        ["reader", asdict(options), asdict(projections.config), asdict(prompts.options), prompts.titles, shapes],
+        ["reader", asdict(options), asdict(projections.config), asdict(prompts.options), [*prompts.texts], shapes],
         # Enough of the language model to tell it from others.
         reader.embeddings[::101].float().cpu().numpy(),
         catalogue.joint.cpu().numpy(),

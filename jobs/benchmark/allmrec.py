@@ -86,14 +86,14 @@ def _kept(
     """`cell`, computed once; {} where the scenario does not apply."""
     made_of = [asdict(options), data.digest, other.digest if other else None]
     digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
-    kept = Kept(work / "results" / data.name, f"{row.name}-{scenario}-{seed}-{digest}")
-    one = kept.get()
-    if one is None:
+
+    def make() -> dict[str, Any]:
         one = cell(options, work / "parts" / data.name, data, division, seed, scenario, other) or {}
-        kept.put(one)
         if one:
             log(f"[benchmark] {data.name}, {row.name}, {scenario}, seed {seed}: {json.dumps(one)}")
-    return one
+        return one
+
+    return Kept(work / "results" / data.name, f"{row.name}-{scenario}-{seed}-{digest}").once(make)
 
 
 def _tables(

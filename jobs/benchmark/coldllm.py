@@ -80,13 +80,7 @@ def judge(
     name = identity([asdict(options), list(titles)], indptr, indices, cold, users)[:16]
 
     def kept(part: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        there = Kept(folder, f"judged-{name}-{part}") if folder else None
-        found = there.get() if there else None
-        if found is None:
-            found = make()
-            if there:
-                there.put(found)
-        return found
+        return Kept(folder, f"judged-{name}-{part}").once(make) if folder else make()
 
     facts: dict[str, Any] = {"pairs": int(users.size), "seconds": 0.0}
     if options.fit_users:

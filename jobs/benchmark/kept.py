@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ class Kept:
     def __init__(self, folder: Path, name: str) -> None:
         self._path = folder / ("".join(c if c.isalnum() else "-" for c in name) + ".json")
 
-    def get(self) -> dict[str, Any] | None:
-        return json.loads(self._path.read_text()) if self._path.exists() else None
-
-    def put(self, found: dict[str, Any]) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        part = self._path.with_suffix(".part")
-        part.write_text(json.dumps(found, indent=1))
-        part.rename(self._path)
+    def once(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What is kept, or else what `make` gives (it must be JSON-able), which is kept from then on."""
+        if not self._path.exists():
+            found = make()
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            part = self._path.with_suffix(".part")
+            part.write_text(json.dumps(found, indent=1))
+            part.rename(self._path)
+        return json.loads(self._path.read_text())

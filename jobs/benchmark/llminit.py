@@ -143,14 +143,14 @@ def _cell(
     for protocol in args.protocols:
         body = [settings.digest("cf", "text" if settings.cf.init == "llminit" else "cf"), args.patience, args.look]
         digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()[:16]
-        kept = Kept(Path(args.work) / "results" / "llminit" / name, f"{row.name}-{protocol}-{seed}-{digest}")
-        one = kept.get()
-        if one is None:
+
+        def make(protocol: str = protocol) -> dict[str, Any]:
             log(f"[benchmark] {name}, {row.name}, {protocol}, seed {seed}")
-            one = measure(settings, source, divide(source, protocol, seed), args.patience, args.look)
-            kept.put(one)
-        log(f"[benchmark] {name}, {row.name}, {protocol}, seed {seed}: {json.dumps(one)}")
-        found[protocol] = one
+            return measure(settings, source, divide(source, protocol, seed), args.patience, args.look)
+
+        kept = Kept(Path(args.work) / "results" / "llminit" / name, f"{row.name}-{protocol}-{seed}-{digest}")
+        found[protocol] = kept.once(make)
+        log(f"[benchmark] {name}, {row.name}, {protocol}, seed {seed}: {json.dumps(found[protocol])}")
     return found
 
 

@@ -152,27 +152,27 @@ def _row(
     given = [*args.overrides, *(overrides(row, encoders) or [])]
     found = []
     for seed in args.seeds:
-        digest = conf.load(data.conf, [*given, f"seed={seed}"]).digest()  # defaults included
-        kept = Kept(work / "results" / data.name, f"{row.name}-{data.run_date}-{seed}-{digest}")
-        one = kept.get()
-        if one is None:
-            begun = time.perf_counter()
+
+        def make(seed: int = seed) -> dict[str, Any]:
             log(f"[benchmark] {data.name}, {row.name}, seed {seed}")
-            measured = measure(data, lake, seed, given)
-            one = {"seed": seed}
-            baseline = BASELINES[row.name](measured) if row.name in BASELINES else None
-            for part in measured.parts:
-                if row.name in _FLOORS:
-                    one[part] = measured.floor(part, row.name)
-                elif row.name in BASELINES:
-                    one[part] = measured.vectors(part, baseline)
-                else:
-                    one[part] = measured.published(part)
-            one["seconds"] = round(time.perf_counter() - begun, 1)
-            kept.put(one)
-        log(f"[benchmark] {data.name}, {row.name}, seed {seed}: {_brief(one)}")
-        found.append(one)
+            begun = time.perf_counter()
+            parts = _parts(row.name, measure(data, lake, seed, given))
+            return {"seed": seed, **parts, "seconds": round(time.perf_counter() - begun, 1)}
+
+        digest = conf.load(data.conf, [*given, f"seed={seed}"]).digest()  # defaults included
+        found.append(Kept(work / "results" / data.name, f"{row.name}-{data.run_date}-{seed}-{digest}").once(make))
+        log(f"[benchmark] {data.name}, {row.name}, seed {seed}: {_brief(found[-1])}")
     return found
+
+
+def _parts(name: str, measured: Measured) -> dict[str, Any]:
+    """{test, val} of a row."""
+    if name in _FLOORS:
+        return {part: measured.floor(part, name) for part in measured.parts}
+    if name in BASELINES:
+        vectors = BASELINES[name](measured)
+        return {part: measured.vectors(part, vectors) for part in measured.parts}
+    return {part: measured.published(part) for part in measured.parts}
 
 
 def _brief(one: dict[str, Any]) -> str:

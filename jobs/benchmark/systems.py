@@ -76,13 +76,12 @@ def _system(data: DataSet, system: str, seed: int, given: list[str], work: Path)
     row, _ = SYSTEMS[system]
     changed = [*given, *(overrides(next(one for one in ROWS if one.name == row), {}) or ())]
     digest = conf.load(data.conf, [*changed, f"seed={seed}"]).digest()
-    kept = Kept(work / "results" / data.name, f"{system}-{seed}-{digest}")
-    one = kept.get()
-    if one is None:
+
+    def make() -> dict[str, Any]:
         log(f"[benchmark] {data.name}, {system}, seed {seed}")
         shutil.rmtree(work / data.name, ignore_errors=True)
         lake = lake_of(data, work)
-        one = {"seed": seed, "seconds": {}, "gib": {}}
+        one: dict[str, Any] = {"seed": seed, "seconds": {}, "gib": {}}
         for name in (*_SHARED, *_SAMPLING):  # a night samples users whatever places the items
             with PeakOfChildren() as peak:
                 one["seconds"][name] = fresh(
@@ -95,9 +94,9 @@ def _system(data: DataSet, system: str, seed: int, given: list[str], work: Path)
                 )
             one["gib"][name] = peak.bytes / _GIB
         night = quality.measure(data, lake, seed, changed)
-        one |= {part: night.published(part) for part in night.parts}
-        kept.put(one)
-    return one
+        return one | {part: night.published(part) for part in night.parts}
+
+    return Kept(work / "results" / data.name, f"{system}-{seed}-{digest}").once(make)
 
 
 @dataclass
