@@ -113,7 +113,7 @@ def trained(run: Run, night: Night) -> TrainedSide:
     """The backbone that the settings name: the newest of the last allmrec.retrain_days days, or one that is trained now.
 
     Raises:
-        udfs.cf_model.CfError: there is nothing to train on.
+        udfs.cf_inputs.CfError: there is nothing to train on.
     """
     settings = run.settings.allmrec
     conf = allmrec_artifacts.conf_digest(settings.model, run.settings.seed)

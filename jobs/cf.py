@@ -25,7 +25,7 @@ from jobs.settings import Settings
 from jobs.spark_session import session, spark_path
 from jobs.staging import Staging
 from udfs import cf_model, fold_in, procrustes
-from udfs.cf_model import CfError, CfParams, Pairs
+from udfs.cf_inputs import CfError, CfParams, Pairs
 from udfs.llm_init import TextMap
 from udfs.vectors import Matrix, from_column, to_column
 
@@ -108,7 +108,7 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
         space_version; trained: whether this run trained it; model, dimension, trained_on, users, items, aligned_to, residual.
 
     Raises:
-        udfs.cf_model.CfError: there is nothing to train on, or training failed.
+        udfs.cf_inputs.CfError: there is nothing to train on, or training failed.
     """
     digest, days = conf_digest(run.settings, cf_start.encoder_version(run)), run.settings.cf.retrain_days
     spaces = _spaces(run)
@@ -137,7 +137,7 @@ def train(run: Run, out: Staging, *, align_to: str | None, sampled: Pairs | None
             part, and the space is this night's only: the stage never takes it up for a later one.
 
     Raises:
-        udfs.cf_model.CfError: there is nothing to train on, or training failed.
+        udfs.cf_inputs.CfError: there is nothing to train on, or training failed.
     """
     snapshot, settings = run.staging("snapshot"), run.settings
     users = snapshot.read("users", ["user_id", "user_idx"]).sort_by("user_idx")

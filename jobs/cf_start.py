@@ -15,7 +15,7 @@ from jobs.run import Run
 from jobs.settings import Settings
 from jobs.staging import Staging
 from udfs import llm_init
-from udfs.cf_model import Pairs
+from udfs.cf_inputs import Pairs
 from udfs.llm_init import LLMInit, TextMap
 from udfs.vectors import Matrix, from_column, to_column
 

@@ -33,7 +33,7 @@ from jobs.staging import Staging
 from schemas.errors import ColdRefreshError
 from schemas.table import table as schema
 from udfs.blend import Blend
-from udfs.cf_model import Pairs
+from udfs.cf_inputs import Pairs
 from udfs.fold_in import gram, to_csr
 from udfs.vectors import Matrix, from_column, to_column
 from udfs.word_map import WordMap
@@ -96,7 +96,7 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
     Raises:
         RefreshError: a vector is not finite.
         udfs.fold_in.FoldInError: the space's regularization is too small to fold in.
-        udfs.cf_model.CfError: method retrain, and training failed.
+        udfs.cf_inputs.CfError: method retrain, and training failed.
         udfs.allmrec_examples.AllmrecError: refresh.cold=allmrec, and there is nothing to align.
     """
     night = _night(run)

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from jobs.cf import Space
 from jobs.run import Run, log
 from udfs.blend import Blend, measured
-from udfs.cf_model import Pairs
+from udfs.cf_inputs import Pairs
 from udfs.fold_in import gram, to_csr
 from udfs.vectors import Matrix
 from udfs.word_map import WordMap

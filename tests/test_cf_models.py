@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from udfs import bpr, lightgcn, llm_init, pair_training, sgcl, sgl
-from udfs.cf_model import ENGINES, STARTABLE, CfError, CfParams, Pairs, fit, without_pairs
+from udfs.cf_inputs import CfError, CfParams, Pairs
+from udfs.cf_model import ENGINES, STARTABLE, fit, without_pairs
 from udfs.llm_init import LLMInit
 from udfs.vectors import from_column, to_column
 

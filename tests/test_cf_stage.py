@@ -13,7 +13,7 @@ from jobs import cf, cf_start
 from jobs.run import Run, execute
 from jobs.staging import StagingError
 from tests.staged_night import Pair, blocks, run_of, snapshot
-from udfs.cf_model import CfError
+from udfs.cf_inputs import CfError
 
 BPR = {"model": "bpr", "epochs": 30, "batch_size": 256, "learning_rate": 0.03}
 DAY = date(2026, 3, 1)

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 
 from udfs import fold_in as module
-from udfs.cf_model import CfParams, Pairs, fit
+from udfs.cf_inputs import CfParams, Pairs
+from udfs.cf_model import fit
 from udfs.fold_in import FoldInError, fold_in, gram, norm_scale, to_csr
 
 

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from udfs.cf_inputs import CfParams
 from udfs.vectors import Matrix, from_column
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
-
-    from udfs.cf_model import CfParams
 
 # Factors come to the driver in pieces, each well below the 1 GB that Spark lets a job return.
 _NUMBERS_A_PIECE = 1 << 26

@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from scipy import sparse
 
+from udfs.cf_inputs import CfParams, Pairs
 from udfs.vectors import Matrix
-
-if TYPE_CHECKING:
-    from udfs.cf_model import CfParams, Pairs
 
 # More steps an iteration gained nothing on CiteULike, at 128 to 512 dimensions; the last solution takes more.
 _STEPS, _LAST_STEPS = 4, 32

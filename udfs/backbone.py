@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from udfs import gru4rec, ncf, nextitnet, sasrec
-from udfs.cf_model import CfError
+from udfs.cf_inputs import CfError
 from udfs.sequences import Ints, Sequences, batches
 from udfs.vectors import Matrix
 

@@ -5,15 +5,13 @@ Its objective is LightGCN's and part of SGL's too: there the embeddings pass thr
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch.nn import functional as F
 
+from udfs.cf_inputs import CfParams
 from udfs.pair_training import Data
-
-if TYPE_CHECKING:
-    from udfs.cf_model import CfParams
 
 
 class Propagate(Protocol):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from udfs.cf_model import CfError
+from udfs.cf_inputs import CfError
 from udfs.filterllm_checkpoint import Checkpoints, restore, state
 from udfs.sequences import Sequences
 

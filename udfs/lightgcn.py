@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from scipy import sparse
 
 from udfs.bpr import Bpr
+from udfs.cf_inputs import CfParams
 from udfs.pair_training import Data
-
-if TYPE_CHECKING:
-    from udfs.cf_model import CfParams
 
 
 def normalized_adjacency(users: np.ndarray, items: np.ndarray, n_users: int, n_items: int) -> sparse.csr_matrix:

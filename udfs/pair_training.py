@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
+from udfs.cf_inputs import CfParams, Pairs
 from udfs.vectors import Matrix
-
-if TYPE_CHECKING:
-    from udfs.cf_model import CfParams, Pairs
 
 # Rows to begin with: users [n_users, d] and items [n_items, d].
 Start = tuple[Matrix, Matrix]

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from udfs.backbone import Backbone
-from udfs.cf_model import CfError
+from udfs.cf_inputs import CfError
 from udfs.sequences import PADDING, Ints, Sequences, Split
 
 

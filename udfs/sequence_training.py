@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from udfs import epochs
 from udfs.backbone import SequenceModel
 from udfs.bpr import NegativeSampler
-from udfs.cf_model import CfError
+from udfs.cf_inputs import CfError
 from udfs.filterllm_checkpoint import Checkpoints
 from udfs.sequences import PADDING, Sequences, batches
 

@@ -5,16 +5,12 @@ A pair's user and item are to be near each other; the batch's users are to be fa
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch.nn import functional as F
 
+from udfs.cf_inputs import CfParams
 from udfs.lightgcn import propagation
 from udfs.pair_training import Data
-
-if TYPE_CHECKING:
-    from udfs.cf_model import CfParams
 
 
 def sgcl_loss(users: torch.Tensor, items: torch.Tensor, weights: torch.Tensor, temperature: float) -> torch.Tensor:

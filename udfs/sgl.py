@@ -7,17 +7,13 @@ batch (the paper takes all nodes).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch.nn import functional as F
 
 from udfs.bpr import Bpr
+from udfs.cf_inputs import CfParams
 from udfs.lightgcn import Propagation, normalized_adjacency, propagation
 from udfs.pair_training import Data
-
-if TYPE_CHECKING:
-    from udfs.cf_model import CfParams
 
 
 def info_nce(one: torch.Tensor, other: torch.Tensor, temperature: float) -> torch.Tensor:

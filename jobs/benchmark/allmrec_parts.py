@@ -36,7 +36,7 @@ from udfs.allmrec_examples import identity
 from udfs.allmrec_prompt import DOMAINS, PromptOptions
 from udfs.allmrec_reader import Catalogue, Reader
 from udfs.backbone import Backbone, MatrixBackbone
-from udfs.cf_model import CfParams, Pairs
+from udfs.cf_inputs import CfParams, Pairs
 from udfs.filterllm_checkpoint import Checkpoints
 from udfs.filterllm_items import FrozenTexts
 from udfs.hashed_words import HashedWords

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from jobs.benchmark import coldllm
 from jobs.benchmark.datasets import data_folder
+from jobs.benchmark.measured import Measured
 from jobs.run import log
 from schemas.errors import ColdRefreshError
 from udfs.fold_in import fold_in, to_csr
-
-if TYPE_CHECKING:
-    from jobs.benchmark.quality import Measured
 
 _RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 10.0)
 _INTERACTIONS = (1.0, 2.0, 5.0, 15.0)

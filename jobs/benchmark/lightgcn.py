@@ -28,7 +28,7 @@ from jobs.benchmark.table import best_and_spread, table
 from jobs.run import log
 from schemas.errors import ColdRefreshError
 from udfs import cf_model, splits
-from udfs.cf_model import CfParams, Pairs
+from udfs.cf_inputs import CfParams, Pairs
 from udfs.ranking_metrics import per_user, task
 from udfs.scorers import dot_scorer
 from udfs.vectors import Matrix

@@ -34,7 +34,7 @@ from jobs.benchmark.table import mean_and_spread, table
 from jobs.run import Run, execute, log, open_run
 from schemas.errors import ColdRefreshError
 from udfs import cf_model, splits
-from udfs.cf_model import Pairs
+from udfs.cf_inputs import Pairs
 from udfs.ranking_metrics import Task, per_user, task
 from udfs.scorers import dot_scorer
 from udfs.vectors import Matrix

@@ -10,29 +10,22 @@ is kept under --work, so the command goes on where it was stopped.
 from __future__ import annotations
 
 import argparse
-import importlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jobs import settings as conf
-from jobs import truth
 from jobs.benchmark.baselines import BASELINES
 from jobs.benchmark.choice import chosen
 from jobs.benchmark.datasets import DATA_SETS, DataSet, lake_of
 from jobs.benchmark.kept import Kept
+from jobs.benchmark.measured import Measured, measure
 from jobs.benchmark.quality_rows import ROWS, Row, overrides
 from jobs.benchmark.table import mean_and_spread, table
-from jobs.evaluate import Systems
-from jobs.run import Run, execute, log, open_run, parse_run_date
-from jobs.truth import Catalog, Truth
-from udfs.ranking_metrics import Scorer, Task, per_user
+from jobs.run import log, parse_run_date
 
-_STAGES = ("snapshot", "text_embeddings", "cf", "filterllm_train", "filterllm_score", "refresh")
 _SPLITS = ("overall", "cold", "warm")
 _FLOORS = ("random", "popularity", "text_knn")
 
@@ -47,74 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--run-date", help="another than the data set's: to tune Complete Journey on an earlier one")
     parser.add_argument("--work", default=".cache/benchmark/quality", help="lakes and results (default: %(default)s)")
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A night whose refreshed embeddings are staged, with the tasks of its test and validation parts."""
-
-    run: Run
-    catalog: Catalog
-    parts: dict[str, Truth]
-    systems: Systems
-
-    def metrics(self, part: str, scorers: dict[str, Scorer | None]) -> dict[str, float]:
-        """Of one scorer a split (None: the split has no figure)."""
-        found: dict[str, float] = {}
-        for split, task in self.parts[part].tasks.items():
-            scorer = scorers.get(split)
-            if scorer is not None:
-                values = per_user(scorer, task, self.run.settings.evaluate.k[:1])
-                found |= {f"{split} {name}": float(value.mean()) for name, value in values.items()}
-        return found
-
-    def published(self, part: str) -> dict[str, float]:
-        """The refreshed embeddings, and the distribution on cold items."""
-        named: dict[str, dict[str, Scorer | None]] = {}
-        for split, task in self.parts[part].tasks.items():
-            for name, scorer in self.systems.of(split, task):
-                if name in ("published", "distribution"):
-                    named.setdefault(name, {})[split] = scorer
-        found = self.metrics(part, named["published"])
-        of_cold = self.metrics(part, named.get("distribution", {}))
-        return found | {f"distribution {name.removeprefix('cold ')}": value for name, value in of_cold.items()}
-
-    def floor(self, part: str, name: str) -> dict[str, float]:
-        tasks = self.parts[part].tasks
-        return self.metrics(part, {split: dict(self.systems.of(split, task))[name] for split, task in tasks.items()})
-
-    def vectors(self, part: str, cold: np.ndarray | None) -> dict[str, float]:
-        """The warm items as they are and other vectors [cold items, d], in the catalog's order; None: cold have none."""
-        items = self.systems.items.copy()
-        items[self.catalog.cold] = np.nan if cold is None else cold
-        users, known = self.systems.users, self.systems.users_known
-
-        def scorer(task: Task) -> Scorer:
-            from udfs.scorers import dot_scorer
-
-            there = self.systems.items_known[task.candidates] | self.catalog.cold[task.candidates]
-            vectors = np.where(there[:, None], items[task.candidates], np.float32(np.nan))
-            return dot_scorer(users, vectors, task.candidates, known)
-
-        return self.metrics(part, {split: scorer(task) for split, task in self.parts[part].tasks.items()})
-
-
-def measure(data: DataSet, lake: str, seed: int, given: list[str]) -> Measured:
-    """Run the night's stages up to refresh with these overrides, and read the truth."""
-    settings = conf.load(data.conf, [*given, f"seed={seed}", f"lake={lake}"])
-    run = open_run(settings, data.run_date)
-    for name in _STAGES:
-        execute(run, name, importlib.import_module(f"jobs.{name}").run)
-    catalog = truth.catalog(run)
-    parts = {}
-    for part in ("test", "val"):
-        if settings.evaluate.protocol != "random_item" and part == "val":
-            continue
-        evaluate = settings.evaluate.model_copy(update={"part": part})
-        parts[part] = truth.read(replace(run, settings=settings.model_copy(update={"evaluate": evaluate})), catalog)
-    staged = run.staging("refresh")
-    users, items = staged.read("user_embeddings"), staged.read("item_embeddings")
-    return Measured(run, catalog, parts, Systems(run, catalog, users, items, run.staging("filterllm_train").facts()))
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -20,11 +20,11 @@ from typing import Any
 import psutil
 
 from jobs import settings as conf
-from jobs.benchmark import quality
 from jobs.benchmark.choice import chosen
 from jobs.benchmark.datasets import DATA_SETS, DataSet, lake_of
 from jobs.benchmark.kept import Kept
 from jobs.benchmark.measure import fresh
+from jobs.benchmark.measured import measure
 from jobs.benchmark.quality_rows import ROWS, overrides
 from jobs.benchmark.table import mean_and_spread, table
 from jobs.run import execute, log, open_run, parse_run_date
@@ -93,7 +93,7 @@ def _system(data: DataSet, system: str, seed: int, given: list[str], work: Path)
                     name=name,
                 )
             one["gib"][name] = peak.bytes / _GIB
-        night = quality.measure(data, lake, seed, changed)
+        night = measure(data, lake, seed, changed)
         return one | {part: night.published(part) for part in night.parts}
 
     return Kept(work / "results" / data.name, f"{system}-{seed}-{digest}").once(make)
