@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.staging import Staging
-from schemas.errors import ColdRefreshError
+from schemas.errors import ContractError
 from schemas.table import table as schema
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ DOCS = "data_docs"
 _EXAMPLES = 3
 
 
-class GateError(ColdRefreshError):
+class GateError(ContractError):
     """An expectation is not met: the message says which, how many rows, three examples, and where the Data Docs are."""
 
 

@@ -248,7 +248,8 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
         name=run.run_id,
         at=run.midnight,
         consequence="Nothing was published: the output tables are as they were. What was gated lies in "
-        f"{refreshed.uri}; mend its cause and run again, or change the limit in the settings (section gates).",
+        f"{refreshed.uri}; mend its cause (input tables that have changed are read anew) or change the limit in the "
+        "settings (section gates), and run again.",
     )
     log(
         f"[gates] {facts['succeeded']} of {facts['expectations']} expectations are met; Data Docs: {facts['data_docs']}"

@@ -1,7 +1,8 @@
 """One run: settings, a run date, the pinned versions of the input tables, and where its stages leave their results.
 
 The first row of a run in `runs` (stage `open`) pins the input versions. A run that is started again goes on with that row
-as long as it is not finished, so every stage, in whatever process, reads the same tables.
+as long as it is not finished, so every stage, in whatever process, reads the same tables. Only where a contract or a gate
+refused what it read, and the tables have been mended since, it is given up for a new one.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import pyarrow as pa
 from jobs.lake import Lake
 from jobs.settings import Settings, SettingsError
 from jobs.staging import Staging
-from schemas.errors import ColdRefreshError
+from schemas.errors import ColdRefreshError, ContractError
 
 STAGES = (
     "snapshot",
@@ -95,6 +96,10 @@ class Run:
         row = _row(self, stage, "complete", counts, seconds, output_versions)
         self.lake.commit("runs", row, app=f"runs/{self.run_id}/{stage}", lineage={"run_id": self.run_id})
 
+    def refused(self) -> bool:
+        """A stage ended with a ContractError, and has not been run since."""
+        return any(self.staging(stage).is_refused() for stage in STAGES)
+
     def recorded(self) -> dict[str, dict[str, Any]]:
         """Stage -> facts, of the stages that `runs` knows to be complete."""
         rows = self.lake.read("runs", refresh_date=self.run_date).to_pylist()
@@ -138,8 +143,8 @@ def input_tables(settings: Settings) -> dict[str, str]:
 def find_run(settings: Settings, run_date: date, *, training: bool = False) -> tuple[Run | None, Run]:
     """The run of `run_date` to go on with, if there is one, and the new one that would be opened otherwise.
 
-    A run is gone on with if it was begun with these settings and this code and is not finished, or if it is finished and
-    its input tables have not changed since. Training runs and refreshes of a date do not see each other: a refresh that was
+    A run is gone on with if it was begun with these settings and this code and its input tables have not changed since, or
+    if it is neither finished nor refused. Training runs and refreshes of a date do not see each other: a refresh that was
     killed is gone on with although a training run was opened since.
 
     Raises:
@@ -155,8 +160,9 @@ def find_run(settings: Settings, run_date: date, *, training: bool = False) -> t
     if begun is not None and (begun["conf_hash"], begun["code_version"]) == (conf_hash, code_version()):
         finished = any(r["stage"] == last and r["run_id"] == begun["run_id"] for r in rows)
         pinned = json.loads(begun["input_versions"])
-        if not finished or pinned == current:
-            existing = Run(settings, run_date, begun["run_id"], begun["sequence"], pinned, conf_hash)
+        one = Run(settings, run_date, begun["run_id"], begun["sequence"], pinned, conf_hash)
+        if pinned == current or not (finished or one.refused()):
+            existing = one
     sequence = begun["sequence"] + 1 if begun else 1
     facts = json.dumps([opening, run_date.isoformat(), conf_hash, code_version(), current, sequence], sort_keys=True)
     run_id = f"{run_date:%Y%m%d}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
@@ -197,7 +203,11 @@ def execute(run: Run, name: str, stage: Stage) -> dict[str, Any]:
         log(f"[{name}] started")
         out.clear()
         begun = time.perf_counter()
-        facts = stage(run, out)
+        try:
+            facts = stage(run, out)
+        except ContractError as error:
+            out.refuse(str(error))
+            raise
         facts = {**facts, "seconds": round(time.perf_counter() - begun, 3)}
         out.complete(facts)
         brief = {k: v for k, v in facts.items() if not isinstance(v, dict | list)}

@@ -21,6 +21,7 @@ from schemas.errors import ColdRefreshError
 from udfs.filesystems import located
 
 MANIFEST = "manifest.json"
+_REFUSED = "refused.txt"
 
 
 class StagingError(ColdRefreshError):
@@ -79,6 +80,14 @@ class Staging:
     def is_complete(self) -> bool:
         filesystem, root = located(self.uri)
         return filesystem.get_file_info(f"{root}/{MANIFEST}").type == fs.FileType.File
+
+    def refuse(self, why: str) -> None:
+        """Note that what the stage was given is not what it must be; `clear` takes the note back."""
+        self.write_bytes(_REFUSED, why.encode())
+
+    def is_refused(self) -> bool:
+        filesystem, root = located(self.uri)
+        return filesystem.get_file_info(f"{root}/{_REFUSED}").type == fs.FileType.File
 
     def _manifest(self) -> dict[str, Any]:
         if not self.is_complete():

@@ -12,7 +12,7 @@ import pytest
 from deltalake import write_deltalake
 
 from jobs import allmrec_night, recommend, snapshot
-from jobs.run import Run, code_version, open_run
+from jobs.run import Run, code_version, execute, open_run
 from jobs.settings import Settings
 from jobs.staging import Staging
 from schemas.errors import ColdRefreshError, ContractError
@@ -209,6 +209,21 @@ def test_a_run_goes_on_with_the_versions_it_pinned(spark: Any, tmp_path: Path) -
     assert again == first
     facts, _ = _snapshot(again)
     assert facts["rows_in"]["interactions"] == 3
+
+
+def test_refused_inputs_are_read_anew_when_they_have_been_mended(spark: Any, tmp_path: Path) -> None:
+    lake = _lake(tmp_path, [(None, "a", BEFORE, 1.0)], GOOD_ITEMS)
+    refused = _run(lake)
+    for _ in range(2):
+        with pytest.raises(ContractError):
+            execute(_run(lake), "snapshot", snapshot.run)
+        assert _run(lake) == refused  # nothing has been mended yet
+    write_deltalake(str(lake / "interactions"), _events(GOOD_EVENTS), mode="overwrite")
+    mended = _run(lake)
+    assert (mended.sequence, mended.input_versions["interactions"]) == (refused.sequence + 1, 1)
+    assert execute(mended, "snapshot", snapshot.run)["rows_used"]["interactions"] == 3
+    write_deltalake(str(lake / "interactions"), _events(GOOD_EVENTS[:1]), mode="append")
+    assert _run(lake) == mended
 
 
 @pytest.mark.parametrize(
