@@ -89,7 +89,8 @@ def conf_digest(settings: Settings, encoder_version: str | None = None) -> str:
 
 
 def _spaces(run: Run) -> list[tuple[date, str, dict[str, Any]]]:
-    """(trained_on, version, facts) of this stage's complete spaces up to the run date, oldest first."""
+    """(trained_on, version, facts) of this stage's complete spaces up to the run date, oldest first; those of one date in the
+    order in which they were trained."""
     found = []
     for version in Staging(run.lake.path("_artifacts/spaces")).children():
         artifact = run.artifact("spaces", version)
@@ -98,7 +99,7 @@ def _spaces(run: Run) -> list[tuple[date, str, dict[str, Any]]]:
             trained_on = date.fromisoformat(facts["trained_on"])
             if facts["kind"] == "cf" and trained_on <= run.run_date:
                 found.append((trained_on, version, facts))
-    return sorted(found, key=lambda space: space[:2])
+    return sorted(found, key=lambda space: (space[0], space[2].get("nth", 1), space[1]))
 
 
 def run(run: Run, out: Staging) -> dict[str, Any]:
@@ -186,6 +187,8 @@ def train(run: Run, out: Staging, *, align_to: str | None, sampled: Pairs | None
         "kind": "refresh" if sampled is not None else "cf",
         "run_id": run.run_id,
         "trained_on": run.run_date.isoformat(),
+        # Of the spaces of this date: mended data are trained on again.
+        "nth": 1 + sum(day == run.run_date for day, _, _ in _spaces(run)),
         "conf": conf,
         "seed": settings.seed,
         "model": settings.cf.model,

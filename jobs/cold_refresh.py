@@ -19,8 +19,8 @@ from datetime import date
 from typing import Any
 
 from jobs import cli, ray_cluster, text_embeddings
-from jobs.run import STAGES, TRAINING_STAGES, Run, execute, find_run, log, open_run, parse_run_date
-from jobs.settings import Settings
+from jobs.run import STAGES, TRAINING_STAGES, Run, begun_run, execute, find_run, log, open_run, parse_run_date
+from jobs.settings import Settings, SettingsError
 from jobs.staging import Staging
 
 
@@ -39,8 +39,13 @@ def refresh(settings: Settings, run_date: date, stage: str | None = None, *, tra
     """
     begun = time.perf_counter()
     stages = TRAINING_STAGES if training else STAGES
-    run = open_run(settings.training() if training else settings, run_date, training=training)
-    done = run.recorded()
+    if training:
+        settings = settings.training()
+    if stage in (None, stages[0]):
+        run = open_run(settings, run_date, training=training)
+    else:
+        run = begun_run(settings, run_date, training=training)
+    done = run.done(stages[-1])
     log(f"run {run.run_id} of {run_date}, inputs {run.input_versions}")
     computed = []
     if stage is None and stages[-1] in done:
@@ -48,6 +53,8 @@ def refresh(settings: Settings, run_date: date, stage: str | None = None, *, tra
     else:
         if stage in (None, stages[0]):
             _preflight(settings)
+        if stage and (missing := [name for name in stages[: stages.index(stage)] if name not in done]):
+            raise SettingsError(f"--stage {stage}: of run {run.run_id} {', '.join(missing)} must be complete first")
         for name in (stage,) if stage else stages:
             if name in done:
                 log(f"[{name}] complete already: skipped")
@@ -130,13 +137,14 @@ def prune(run: Run) -> None:
 
 def plan(settings: Settings, run_date: date, *, training: bool = False) -> dict[str, Any]:
     """What `refresh` would do, without doing it: each stage with whether it would run, and its seconds last time."""
+    names = TRAINING_STAGES if training else STAGES
     existing, new = find_run(settings.training() if training else settings, run_date, training=training)
     run = existing or new
-    done = run.recorded() if existing else {}
+    done = run.done(names[-1]) if existing else {}
     rows = run.lake.read("runs", columns=["refresh_date", "sequence", "run_id", "stage", "seconds"]).to_pylist()
     last = {r["stage"]: r["seconds"] for r in sorted(rows, key=lambda r: (r["refresh_date"], r["sequence"]))}
     stages = []
-    for name in TRAINING_STAGES if training else STAGES:
+    for name in names:
         complete = name in done or (existing is not None and run.staging(name).is_complete())
         cost = f"took {last[name]:.0f} s last time" if name in last else "never run in this lake"
         log(f"  {name:16} {'skip: complete' if complete else 'run'} ({cost})")

@@ -95,7 +95,8 @@ def load_words(run: Run, version: str, *, held_out: bool = True) -> WordMap | No
 
 
 def _models(run: Run, identity: dict[str, str]) -> list[tuple[date, str]]:
-    """(trained_on, version) of the complete models of this identity up to the run date, oldest first."""
+    """(trained_on, version) of the complete models of this identity up to the run date, oldest first; those of one date in the
+    order in which they were trained."""
     found = []
     for version in Staging(run.lake.path("_artifacts/models")).children():
         artifact = run.artifact("models", version)
@@ -103,8 +104,8 @@ def _models(run: Run, identity: dict[str, str]) -> list[tuple[date, str]]:
             facts = artifact.facts()
             trained_on = date.fromisoformat(facts["trained_on"])
             if trained_on <= run.run_date and all(facts.get(name) == value for name, value in identity.items()):
-                found.append((trained_on, version))
-    return sorted(found)
+                found.append((trained_on, facts.get("nth", 1), version))
+    return [(trained_on, version) for trained_on, _, version in sorted(found)]
 
 
 def _train(run: Run, identity: dict[str, str]) -> str:
@@ -115,7 +116,8 @@ def _train(run: Run, identity: dict[str, str]) -> str:
     artifact, checkpoints = run.artifact("models", version), run.artifact("checkpoints", version)
     if not artifact.is_complete():
         found = _fit(run, identity, version, checkpoints)
-        facts = {**identity, "run_id": run.run_id, "trained_on": run.run_date.isoformat(), **found}
+        nth = 1 + sum(day == run.run_date for day, _ in _models(run, identity))
+        facts = {**identity, "run_id": run.run_id, "trained_on": run.run_date.isoformat(), "nth": nth, **found}
         artifact.complete(facts)
     # Not before the model is complete: until then a killed run goes on from them.
     checkpoints.clear()

@@ -285,8 +285,7 @@ def _write(night: _Night, out: Staging, space: Space, users: Matrix, items: _Ite
     """Stage the three tables; their rows and the items' sources."""
     if not (np.isfinite(users).all() and np.isfinite(items.vectors).all()):
         raise RefreshError(
-            f"vectors of space {space.version} are not finite: raise cf.regularization, or remove the space "
-            f"({night.run.artifact('spaces', space.version).uri}) so that it is trained again"
+            f"vectors of space {space.version} are not finite: raise cf.regularization (als, als_cg) or cf.weight_decay"
         )
     model_version = night.run.staging("filterllm_train").facts()["model_version"]
 

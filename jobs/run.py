@@ -103,9 +103,17 @@ class Run:
     def recorded(self) -> dict[str, dict[str, Any]]:
         """Stage -> facts, of the stages that `runs` knows to be complete."""
         rows = self.lake.read("runs", refresh_date=self.run_date).to_pylist()
-        return {
-            r["stage"]: json.loads(r["counts"]) for r in rows if r["run_id"] == self.run_id and r["stage"] != "open"
-        }
+        own = (r for r in rows if r["run_id"] == self.run_id and r["status"] == "complete")
+        return {r["stage"]: json.loads(r["counts"]) for r in own}
+
+    def done(self, last: str) -> dict[str, dict[str, Any]]:
+        """Stage -> facts, of the stages that need not run: what `runs` knows of a finished run (its `last` stage is complete),
+        and otherwise what is also still there to be read.
+        """
+        found = self.recorded()
+        if last in found:
+            return found
+        return {stage: facts for stage, facts in found.items() if self.staging(stage).is_complete()}
 
 
 def _row(
@@ -152,21 +160,48 @@ def find_run(settings: Settings, run_date: date, *, training: bool = False) -> t
     """
     lake = Lake(settings.lake, settings.storage_options)
     current = {name: lake.version(table) for name, table in input_tables(settings).items()}
-    conf_hash = settings.digest()
-    rows = lake.read("runs", refresh_date=run_date).to_pylist()
-    opening, last = ("open_training", TRAINING_STAGES[-1]) if training else ("open", STAGES[-1])
-    begun = max((r for r in rows if r["stage"] == opening), key=lambda r: r["sequence"], default=None)
-    existing = None
-    if begun is not None and (begun["conf_hash"], begun["code_version"]) == (conf_hash, code_version()):
-        finished = any(r["stage"] == last and r["run_id"] == begun["run_id"] for r in rows)
-        pinned = json.loads(begun["input_versions"])
-        one = Run(settings, run_date, begun["run_id"], begun["sequence"], pinned, conf_hash)
-        if pinned == current or not (finished or one.refused()):
-            existing = one
-    sequence = begun["sequence"] + 1 if begun else 1
-    facts = json.dumps([opening, run_date.isoformat(), conf_hash, code_version(), current, sequence], sort_keys=True)
+    existing, sequence = _begun(settings, run_date, training=training)
+    if existing is not None and existing.input_versions != current:
+        last = TRAINING_STAGES[-1] if training else STAGES[-1]
+        if last in existing.recorded() or existing.refused():
+            existing = None
+    opening, conf_hash = _opening(training), settings.digest()
+    facts = json.dumps(
+        [opening, run_date.isoformat(), conf_hash, code_version(), current, sequence + 1], sort_keys=True
+    )
     run_id = f"{run_date:%Y%m%d}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
-    return existing, Run(settings, run_date, run_id, sequence, current, conf_hash)
+    return existing, Run(settings, run_date, run_id, sequence + 1, current, conf_hash)
+
+
+def begun_run(settings: Settings, run_date: date, *, training: bool = False) -> Run:
+    """The newest run of `run_date`, whatever has become of its input tables since: what a single later stage belongs to.
+
+    Raises:
+        SettingsError: there is none, or it was begun with other settings or other code.
+    """
+    run, sequence = _begun(settings, run_date, training=training)
+    if run is None:
+        why = "was begun with other settings or other code" if sequence else "is not there: its first stage begins it"
+        raise SettingsError(
+            f"the {'training' if training else 'run'} of {run_date} {why}; start with stage {STAGES[0]}"
+        )
+    return run
+
+
+def _opening(training: bool) -> str:
+    return "open_training" if training else "open"
+
+
+def _begun(settings: Settings, run_date: date, *, training: bool) -> tuple[Run | None, int]:
+    """The newest run of `run_date` if it was begun with these settings and this code; its sequence either way, 0 for none."""
+    rows = Lake(settings.lake, settings.storage_options).read("runs", refresh_date=run_date).to_pylist()
+    begun = max((r for r in rows if r["stage"] == _opening(training)), key=lambda r: r["sequence"], default=None)
+    if begun is None:
+        return None, 0
+    if (begun["conf_hash"], begun["code_version"]) != (settings.digest(), code_version()):
+        return None, begun["sequence"]
+    pinned = json.loads(begun["input_versions"])
+    return Run(settings, run_date, begun["run_id"], begun["sequence"], pinned, begun["conf_hash"]), begun["sequence"]
 
 
 def open_run(settings: Settings, run_date: date, *, training: bool = False) -> Run:
@@ -180,7 +215,7 @@ def open_run(settings: Settings, run_date: date, *, training: bool = False) -> R
         if existing is not None:
             return existing
         # Two drivers that start at once agree through this transaction: one row wins, and the other reads it.
-        opening = "open_training" if training else "open"
+        opening = _opening(training)
         row = _row(new, opening, "started", {}, 0.0, {})
         app = f"runs/{opening}/{run_date}"
         new.lake.commit("runs", row, app=app, sequence=new.sequence, lineage={"run_id": new.run_id})

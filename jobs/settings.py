@@ -108,7 +108,7 @@ class Cf(_Section):
     retrain_days: int = Field(
         8,
         ge=1,
-        description="a space so many days old is trained anew; a day more than dags/cold_refresh_training.py takes",
+        description="a space this old is trained anew by the night; a day more than the week of dags/cold_refresh_training.py",
     )
 
 
@@ -146,7 +146,7 @@ class FilterLLM(_Section):
     word_ridge: float = Field(
         1.0, gt=0, description="of the linear map from words to the space that is kept with the model (refresh.words)"
     )
-    retrain_days: int = Field(8, ge=1)
+    retrain_days: int = Field(8, ge=1, description="the same for the model")
 
 
 class Sampling(_Section):
@@ -295,11 +295,11 @@ class Settings(_Section):
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
 
     def training(self) -> Settings:
-        """These settings, with a new space and model for the run date unless that very day has them."""
+        """These settings, with a new space and model for the run date unless there are some of the same data."""
         return self.model_copy(
             update={
-                "cf": self.cf.model_copy(update={"retrain_days": 1}),
-                "filterllm": self.filterllm.model_copy(update={"retrain_days": 1}),
+                "cf": self.cf.model_copy(update={"retrain_days": 0}),
+                "filterllm": self.filterllm.model_copy(update={"retrain_days": 0}),
             }
         )
 

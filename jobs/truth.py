@@ -50,6 +50,7 @@ class Truth:
 def catalog(run: Run) -> Catalog:
     """The run's snapshot in memory. Raises StagingError if the snapshot is not complete."""
     staged = run.staging("snapshot")
+    staged.facts()
     users = staged.read("users", ["user_id", "user_idx"]).sort_by("user_idx")
     columns = ["item_id", "item_idx", "label", "interactions", "content", "text_sha256"]
     items = staged.read("items_labelled", columns).sort_by("item_idx")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,17 @@ def test_a_space_is_kept_until_it_is_old_and_never_taken_from_the_future(tmp_pat
     assert seeded["trained"] is True
     graph = _stage(run_of(tmp_path, date(2026, 3, 13), cf={**BPR, "model": "lightgcn"}), pairs)
     assert (graph["trained"], graph["aligned_to"]) == (True, None)
+
+
+def test_mended_data_are_trained_on_again_and_later_nights_take_that_space(tmp_path: Path) -> None:
+    data = blocks(seed=1), blocks(seed=2)
+    for lake, order in (("a", (0, 1)), ("b", (1, 0))):  # whichever way their hashes are ordered
+        for number, which in enumerate(order, 1):
+            run = run_of(tmp_path / lake, DAY, number, cf=BPR)
+            trained = _stage(replace(run, settings=run.settings.training()), data[which])
+            assert trained["trained"] is True
+            night = _stage(run_of(tmp_path / lake, date(2026, 3, 2), number, cf=BPR), data[which])
+            assert (night["space_version"], night["trained"]) == (trained["space_version"], False)
 
 
 def test_the_version_is_the_content_and_alignment_changes_no_score(tmp_path: Path) -> None:

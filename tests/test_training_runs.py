@@ -1,9 +1,15 @@
-"""A training run of a date lives beside the night's own run and leaves a space and model that the night finds."""
+"""Which run a command goes on with, and what of it need not run; a training run lives beside the night's own run."""
 
 from __future__ import annotations
 
-from jobs.run import find_run, open_run
-from jobs.settings import load
+from typing import Any
+
+import pytest
+from deltalake import DeltaTable, write_deltalake
+
+from jobs.cold_refresh import plan, refresh
+from jobs.run import STAGES, begun_run, execute, find_run, open_run
+from jobs.settings import SettingsError, load
 from tests.small_lake import SmallLake
 
 
@@ -21,7 +27,56 @@ def test_a_training_run_and_the_night_of_a_date_do_not_see_each_other(small_lake
 
 def test_what_is_trained_does_not_depend_on_when_it_is_due(small_lake: SmallLake) -> None:
     settings = load(small_lake.conf)
-    assert settings.training().cf.retrain_days == 1
+    assert settings.training().cf.retrain_days == settings.training().filterllm.retrain_days == 0
     assert settings.training().digest("cf", "filterllm") == settings.digest("cf", "filterllm")
     other = load(small_lake.conf, ["cf.dimension=9"])
     assert other.digest("cf", "filterllm") != settings.digest("cf", "filterllm")
+
+
+def _touch(lake: SmallLake) -> None:
+    table = DeltaTable(str(lake.lake / "interactions")).to_pyarrow_table()
+    write_deltalake(str(lake.lake / "interactions"), table.slice(0, 1), mode="append")
+
+
+def test_a_later_stage_alone_belongs_to_the_run_that_was_begun(small_lake: SmallLake) -> None:
+    settings, day = load(small_lake.conf), small_lake.run_date
+    with pytest.raises(SettingsError, match=r"is not there.* start with stage snapshot"):
+        begun_run(settings, day)
+    run = open_run(settings, day)
+    run.record(STAGES[-1], {}, 0.0, {})
+    _touch(small_lake)
+    assert begun_run(settings, day) == run
+    assert find_run(settings, day)[0] is None  # the whole night would read what was added
+    with pytest.raises(SettingsError, match="other settings"):
+        begun_run(load(small_lake.conf, ["seed=4"]), day)
+
+
+def test_a_stage_alone_needs_those_before_it(small_lake: SmallLake) -> None:
+    settings = load(small_lake.conf)
+    run = open_run(settings, small_lake.run_date)
+    execute(run, "snapshot", lambda run, out: {})
+    with pytest.raises(
+        SettingsError, match=f"{run.run_id} text_embeddings, cf, filterllm_train must be complete first"
+    ):
+        refresh(settings, small_lake.run_date, "filterllm_score")
+
+
+def test_what_was_removed_is_computed_again_until_the_run_is_finished(small_lake: SmallLake) -> None:
+    settings, calls = load(small_lake.conf), []
+    run = open_run(settings, small_lake.run_date)
+
+    def stage(run: Any, out: Any) -> dict[str, Any]:
+        calls.append(out.uri)
+        return {"calls": len(calls)}
+
+    for _ in range(2):
+        execute(run, "snapshot", stage)
+    assert len(calls) == 1
+    run.staging("snapshot").clear()
+    assert run.done(STAGES[-1]) == {}
+    assert plan(settings, small_lake.run_date)["stages"][0]["run"] is True
+    execute(run, "snapshot", stage)
+    assert list(run.done(STAGES[-1])) == ["snapshot"]
+    run.record(STAGES[-1], {}, 0.0, {})
+    run.staging("snapshot").clear()
+    assert set(run.done(STAGES[-1])) == {"snapshot", STAGES[-1]}
