@@ -86,10 +86,11 @@ class Lake:
         *,
         app: str,
         sequence: int = 0,
-        replace: dict[str, str | date] | None = None,
+        replace: dict[str, str | date | list[str]] | None = None,
         lineage: dict[str, Any] | None = None,
     ) -> int:
-        """Append `rows`, or put them in place of the partition `replace`; returns the table's version that holds them.
+        """Append `rows`, or put them in place of those with the values `replace` (of a list: with one of them); returns the table's
+        version that holds them.
 
         The commit carries the transaction (app, sequence): a second commit of it, or one with a lower sequence, changes
         nothing, whichever engine made the first.
@@ -131,7 +132,7 @@ class Lake:
                 )
             mode, predicate = "append", None
             if replace:
-                mode, predicate = "overwrite", " AND ".join(f"{k} = '{v}'" for k, v in replace.items())
+                mode, predicate = "overwrite", " AND ".join(_where(k, v) for k, v in replace.items())
             try:
                 if rows.num_rows or not replace:
                     write_deltalake(
@@ -162,6 +163,11 @@ class Lake:
         delta = self.table(name, version)
         done = [delta.transaction_version(app) for app in apps]
         return [0 if number is None else number + 1 for number in done]
+
+
+def _where(column: str, value: str | date | list[str]) -> str:
+    values = ", ".join(f"'{one}'" for one in (value if isinstance(value, list) else [value]))
+    return f'"{column}" IN ({values})'
 
 
 def _gains(delta: DeltaTable, contract: Table) -> Literal["merge"] | None:

@@ -89,10 +89,14 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
     recall = f"recall@{item_index.RECALL_AT}"
     log(f"[publish] {index['type']} of {index['items']} items, {recall} {index[recall]}: {index['path']}")
     lineage = _lineage(run, checked)
-    versions, replace = {}, {"refresh_date": run.run_date}
+    inputs = sorted(run.staging("snapshot").facts()["rows_in"])
+    versions = {}
     for name, rows in tables.items():
+        replace: dict[str, Any] = {"refresh_date": run.run_date}
+        if name == "rejected_rows":  # jobs.recommend has rows of this date too
+            replace["table"] = inputs
         versions[name] = run.lake.commit(
-            name, rows, app=_app(name, run), sequence=run.sequence, replace=dict(replace), lineage=lineage
+            name, rows, app=_app(name, run), sequence=run.sequence, replace=replace, lineage=lineage
         )
         _stop_if_overtaken(run, name, versions[name])
         log(f"[publish] {name}: {rows.num_rows} rows, version {versions[name]}")

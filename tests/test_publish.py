@@ -133,10 +133,20 @@ def test_a_later_run_replaces_the_date_and_leaves_other_dates(tmp_path: Path) ->
     execute(other, "publish", publish.run)
     first = gated(tmp_path)
     execute(first, "publish", publish.run)
+    asking = {
+        "refresh_date": first.run_date,
+        "run_id": "asking",
+        "table": "users to recommend to",
+        "key": "u",
+        "rows": 1,
+    }
+    stranger = pa.Table.from_pylist([{**asking, "reason": "no_vector", "detail": "none"}])
+    first.lake.commit("rejected_rows", stranger, app="rejected_rows/recommend/asking")
     second = gated(tmp_path, sequence=2)
     execute(second, "publish", publish.run)
     for name in publish.TABLES:
-        assert set(second.lake.read(name)["run_id"].to_pylist()) == {other.run_id, second.run_id}
+        kept = {"asking"} if name == "rejected_rows" else set()
+        assert set(second.lake.read(name)["run_id"].to_pylist()) == {other.run_id, second.run_id} | kept
     assert published.latest(second.lake).run_id == second.run_id
     # The one before can still be read, at its versions.
     assert published.latest(second.lake, other.run_date).item_embeddings()["run_id"][0].as_py() == other.run_id
