@@ -62,7 +62,7 @@ def of_texts(settings: Settings, texts: Matrix, pairs: Pairs, n_users: int) -> t
     there = np.isfinite(texts).all(axis=1)
     options = LLMInit(**cf.llminit.model_dump(), std=cf.init_std)
     of_text = llm_init.text_map(texts[there], popularity[there], cf.dimension, options, settings.seed)
-    return llm_init.start(texts, pairs.users, pairs.items, n_users, of_text), of_text
+    return llm_init.start(texts, pairs.users, pairs.items, n_users, of_text, cf.init_std, settings.seed), of_text
 
 
 def write(artifact: Staging, of_text: TextMap) -> None:

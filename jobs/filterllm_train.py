@@ -137,7 +137,8 @@ def _fit(run: Run, identity: dict[str, str], version: str, checkpoints: Staging)
             ray_cluster.require_workers(ray, workers)
         return ray_training.run(
             filterllm_fit.fit,
-            (run, identity, version, checkpoints.path("state")),
+            # Another number of workers is another training, which goes on with its own states only.
+            (run, identity, version, checkpoints.path(f"state-{max(workers, 1)}")),
             workers=workers,
             cpus=ray.cpus_per_actor,
             gpus=ray.gpus_per_actor,

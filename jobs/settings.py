@@ -204,7 +204,7 @@ class Evaluate(_Section):
 
 
 class RayCluster(_Section):
-    """How the workers run; nothing here changes a result."""
+    """How the workers run. Only another number of training_workers gives another model, as another seed does."""
 
     address: str | None = Field(
         None, description="of a running cluster (host:port or auto); without one it is started here"
@@ -215,7 +215,7 @@ class RayCluster(_Section):
     training_workers: int = Field(
         0,
         ge=0,
-        description="Ray Train's workers that train FilterLLM (0: the driver trains it); each draws its own noise",
+        description="Ray Train's workers that train FilterLLM (0: the driver trains it); each draws dropout and noise of its own",
     )
 
 

@@ -23,8 +23,9 @@ class Killed(BaseException):
     """Nothing in training may catch this."""
 
 
-def _frozen(options, checkpoints=None, log=lambda line: None):
+def _frozen(options, checkpoints=None, log=lambda line: None, start=1.0):
     shop, hidden, vocabulary, _ = _shop()
+    vocabulary = start * vocabulary
     model = FilterLLM(Config(WIDTH, DIMENSION, USERS, hidden=32, dropout=0.2, noise=0.1))
     initialise(model, vocabulary, np.bincount(shop.users, minlength=USERS), hidden, seed=3)
     facts = train(model, FrozenTexts(hidden), shop, options, log, checkpoints=checkpoints)
@@ -100,6 +101,8 @@ def test_checkpoints_of_other_trainings_and_broken_ones_are_refused(tmp_path: Pa
         _frozen(_options(epochs=3), checkpoints, _kill_at(2))
     with pytest.raises(CheckpointError, match="another training"):
         _frozen(_options(epochs=3, guiding=2.0), checkpoints)
+    with pytest.raises(CheckpointError, match="another training"):
+        _frozen(_options(epochs=3), checkpoints, start=2.0)
     state = tmp_path / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-10])
     with pytest.raises(CheckpointError, match=f"{state} cannot be read.*remove the folder"):

@@ -80,7 +80,7 @@ def test_users_begin_at_the_mean_of_their_items() -> None:
     texts = _texts()[:4]
     texts[2] = np.nan
     of_text = text_map(texts[[0, 1, 3]], np.ones(3, int), 5, LLMInit("uniform", scale="raw"), 0)
-    users, items = start(texts, np.array([0, 0, 2]), np.array([0, 3, 2]), 3, of_text)
+    users, items = start(texts, np.array([0, 0, 2]), np.array([0, 3, 2]), 3, of_text, 0.1, 0)
     own = texts[:, [0, 2, 4, 6, 8]]
     np.testing.assert_array_equal(items[[0, 1, 3]], own[[0, 1, 3]])
     np.testing.assert_allclose(items[2], own[[0, 1, 3]].mean(axis=0), rtol=1e-6)  # no text
@@ -97,3 +97,17 @@ def test_widths_that_do_not_fit_and_no_text_are_errors() -> None:
         text_map(_texts(), POPULARITY, 4, LLMInit("full"), 0)
     with pytest.raises(LLMInitError, match="nothing to start from"):
         text_map(_texts()[:0], POPULARITY[:0], 4, LLMInit(), 0)
+    with pytest.raises(LLMInitError, match="nothing to start from"):
+        text_map(_texts()[[1, 1, 1]], POPULARITY[:3], 4, LLMInit(), 0)
+
+
+def test_few_different_texts_throw_no_new_one_far_away() -> None:
+    texts, few = _texts(), np.tile(_texts()[:3], (10, 1))
+    of_text = text_map(few, np.ones(len(few), int), 6, LLMInit("pca", std=0.1), 0)
+    assert np.count_nonzero(of_text.projection.any(axis=0)) == 2  # three points lie in a plane
+    assert np.linalg.norm(of_text(texts), axis=1).max() < 5
+    pair = np.arange(len(few))
+    users, items = start(few, pair, pair, len(few), of_text, 0.1, 0)
+    np.testing.assert_array_equal(items[:, :2], of_text(few)[:, :2])
+    assert 0.05 < items[:, 2:].std() < 0.2  # dimensions that no text moves are there to be learnt
+    np.testing.assert_allclose(users, items, rtol=1e-5)

@@ -302,6 +302,8 @@ def test_candidates_and_their_ndcg() -> None:
 
     scores = np.array([[1, 3, 0], [2, 1, 0], [0, 0, 0]], np.float32)
     np.testing.assert_array_equal(ranks(scores), [1, 0, 2])
+    with pytest.raises(ValueError, match="1 of 2 rows have scores that are NaN"):
+        ranks(np.array([[np.nan, 1.0], [0.0, 1.0]], np.float32))
     np.testing.assert_allclose(ndcg(ranks(scores), 2), [1 / math.log2(3), 1.0, 0.0])
     # Of vectors that know nothing: all scores are equal, the true item counts as the last.
     nothing = MatrixBackbone(np.zeros((USERS, 2), np.float32), np.ones((ALL, 2), np.float32))

@@ -152,7 +152,8 @@ class _Training:
         options, data = self.options, self.data
         history: list[dict[str, Any]] = []
         best_epoch, best = 0, [p.detach().clone() for p in self.named.values()]
-        saved = checkpoints.load(self._identity()) if checkpoints else None
+        identity = self._identity() if checkpoints else ""
+        saved = checkpoints.load(identity) if checkpoints else None
         if saved:
             tensors, facts = saved
             history, best_epoch = facts["history"], facts["best_epoch"]
@@ -184,7 +185,7 @@ class _Training:
                 best_epoch, best = epoch, [p.detach().clone() for p in self.named.values()]
             if checkpoints and self.group.rank == 0:
                 tensors = state(self.named, self.optimizers, best if best_epoch < epoch else None)
-                facts = {"training": self._identity(), "history": history, "best_epoch": best_epoch}
+                facts = {"training": identity, "history": history, "best_epoch": best_epoch}
                 checkpoints.save(tensors, facts)
         with torch.no_grad():
             for parameter, value in zip(self.named.values(), best, strict=True):
@@ -219,12 +220,12 @@ class _Training:
             first_rate = rate if step == 0 else first_rate
             for optimizer in self.optimizers:
                 optimizer.zero_grad(set_to_none=True)
-            if len(part):
-                distribution, guiding = self._losses(batch, part, epoch, step)
-                objective = distribution + options.guiding * guiding
-                # Each process has the mean over its part; their sum is to be the mean over the batch.
-                (objective * (len(part) / len(batch)) if group.size > 1 else objective).backward()
-                totals += torch.stack([distribution.detach(), guiding.detach()]) * len(part)
+            # A process without a part computes one item's for nothing: its gradients must have the others' rows.
+            distribution, guiding = self._losses(batch, part if len(part) else batch[:1], epoch, step)
+            objective = distribution + options.guiding * guiding
+            # Each process has the mean over its part; their sum is to be the mean over the batch.
+            (objective * (len(part) / len(batch)) if group.size > 1 else objective).backward()
+            totals += torch.stack([distribution.detach(), guiding.detach()]) * len(part)
             group.add_gradients(self.named.values())
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -279,12 +280,18 @@ class _Training:
         return ", ".join(parts)
 
     def _identity(self) -> str:
-        """Hash of what the training is made from: options, model, items, and what is trained."""
+        """Hash of what the training is made from: options, model, items, how many processes, and where it begins."""
         digest = hashlib.sha256()
-        shapes = {name: list(parameter.shape) for name, parameter in self.named.items()}
-        facts = [asdict(self.options), asdict(self.model.config), shapes, self.items.item_ids]
+        facts = [
+            asdict(self.options),
+            asdict(self.model.config),
+            list(self.named),
+            self.items.item_ids,
+            self.group.size,
+        ]
         digest.update(json.dumps(facts, sort_keys=True).encode())
-        for array in (self.items.indptr, self.items.users, self.items.embeddings):
+        start = [tensor.detach().float().cpu().numpy() for tensor in (*self.named.values(), *self.model.buffers())]
+        for array in (self.items.indptr, self.items.users, self.items.embeddings, *start):
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 

@@ -1,4 +1,8 @@
-"""How well FilterLLM does on warm items that training does not see, as if they were cold: its loss, its ranking, its scale."""
+"""How well FilterLLM does on warm items that it does not see in training, as if they were cold: its loss, its ranking, its scale.
+
+The users' vectors, which CF learnt, have seen their interactions: what is held out tells when to stop and what to weigh how much,
+and looks somewhat better than cold items will (an NDCG@20 of .238 where CF without them gave .224; CiteULike, one seed).
+"""
 
 from __future__ import annotations
 

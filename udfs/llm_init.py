@@ -16,6 +16,9 @@ from scipy import sparse
 from schemas.errors import ColdRefreshError
 from udfs.vectors import Matrix
 
+# Of the largest deviation: a dimension with less says nothing of the texts.
+_LEAST = 1e-4
+
 Select = Literal["random", "uniform", "variance", "pca", "full"]
 Scale = Literal["raw", "unit_variance", "unit_norm"]
 
@@ -74,12 +77,12 @@ def text_map(
     """Choose the map of the items' texts [n, D], whose numbers of training pairs are `popularity` [n].
 
     Raises:
-        LLMInitError: there is no item, or the text is narrower than `dimension` (or not as wide, if all of it is asked for).
+        LLMInitError: no two items differ, or the text is narrower than `dimension` (or not as wide, if all of it is asked for).
     """
     n, width = texts.shape
-    if not n:
+    if not n or not np.ptp(texts, axis=0).any():
         raise LLMInitError(
-            "LLMInit: no item to train on has a text, so there is nothing to start from: set cf.init=random"
+            "LLMInit: no two items to train on have different texts, so there is nothing to start from: set cf.init=random"
         )
     if dimension > width or (options.select == "full" and dimension != width):
         wanted = f"cf.dimension={width}" if options.select == "full" else f"a cf.dimension of {width} at most"
@@ -97,7 +100,9 @@ def text_map(
     if options.scale == "unit_variance":
         mean = texts.mean(axis=0, dtype=np.float64).astype(np.float32)
         deviation = ((texts - mean) @ projection).std(axis=0, dtype=np.float64)
-        projection = projection * (options.std / np.maximum(deviation, 1e-12)).astype(np.float32)
+        # Along the others the texts differ by rounding only (there are few of them), and new ones would be thrown anywhere.
+        told = deviation > _LEAST * deviation.max()
+        projection = projection * np.where(told, options.std / np.maximum(deviation, 1e-30), 0.0)
     length = options.std * dimension**0.5 if options.scale == "unit_norm" else 0.0
     return TextMap(mean, projection.astype(np.float32), length)
 
@@ -126,9 +131,18 @@ def _principal_axes(texts: Matrix, dimension: int) -> Matrix:
 
 
 def start(
-    texts: Matrix, users: npt.NDArray[np.integer], items: npt.NDArray[np.integer], n_users: int, of_text: TextMap
+    texts: Matrix,
+    users: npt.NDArray[np.integer],
+    items: npt.NDArray[np.integer],
+    n_users: int,
+    of_text: TextMap,
+    std: float,
+    seed: int,
 ) -> tuple[Matrix, Matrix]:
     """Users [n_users, d] and items [n_items, d] to begin with.
+
+    Dimensions that no text moves, which are zero in a map of few texts, are drawn at random for items, with deviation `std`:
+    zeros on both sides would stay.
 
     Args:
         texts: [n_items, D]; rows of NaN for items without a text, which begin at the mean of the others.
@@ -138,6 +152,8 @@ def start(
     found = np.zeros((len(texts), of_text.projection.shape[1]), np.float32)
     found[there] = of_text(texts[there])
     found[~there] = found[there].mean(axis=0)
+    unmoved = ~of_text.projection.any(axis=0)
+    found[:, unmoved] = np.random.default_rng(seed).normal(0.0, std, (len(found), int(unmoved.sum())))
     counts = np.bincount(users, minlength=n_users)[:, None]
     sums = sparse.csr_array((np.ones(len(users)), (users, items)), shape=(n_users, len(texts))) @ found
     return np.where(counts > 0, sums / np.maximum(counts, 1), found.mean(axis=0)).astype(np.float32), found

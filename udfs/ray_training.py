@@ -92,7 +92,7 @@ def run(
 
     Args:
         workers: 0: the task runs in this process (Ray Train's local mode), which needs no Ray cluster.
-        cpus: CPUs a worker; gpus: likewise; above 0, the device is a GPU.
+        cpus: CPUs a worker; gpus: likewise; above 0, the device is a GPU (without workers only if this process has one).
         folder: a path or URI that all workers see, for the journal and for what Ray Train keeps of a run.
         log: called here with the lines that the first worker logs.
 
@@ -149,6 +149,10 @@ def _work(config: dict[str, Any]) -> tuple[str, Any]:
             device = torch.device("cuda") if local else ray.train.torch.get_device()
         elif config["gpus"] > 0 and not local:
             raise TrainingError("ray.gpus_per_actor is above 0, but torch finds no usable GPU in the worker")
+        elif config["gpus"] > 0:
+            log(
+                "no usable GPU in this process, so it trains on the CPU; ray.training_workers=1 trains on a GPU of the cluster"
+            )
         if not local and group.rank == 0:
             log(f"{group.size} workers on {device.type}; the first has the process id {os.getpid()}")
         return "value", config["task"](*config["arguments"], group=group, device=device, log=log)

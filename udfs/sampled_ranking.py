@@ -48,7 +48,13 @@ def candidates(truth: Ints, known: Sequences, n_items: int, negatives: int, seed
 
 
 def ranks(scores: NDArray[np.float32]) -> Ints:
-    """[n]: the place, 0 the best, of the first column of scores [n, C]; among equal scores it is the last."""
+    """[n]: the place, 0 the best, of the first column of scores [n, C]; among equal scores it is the last.
+
+    Raises:
+        ValueError: a score is NaN, which would be above and below all others.
+    """
+    if np.isnan(scores).any():
+        raise ValueError(f"{int(np.isnan(scores).any(1).sum())} of {len(scores)} rows have scores that are NaN")
     return (scores[:, 1:] >= scores[:, :1]).sum(1)
 
 

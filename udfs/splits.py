@@ -79,7 +79,7 @@ def cold_users(split: pd.DataFrame, seed: int, share: float = 0.1) -> pd.DataFra
     Users of the group `single` keep one training pair, users of `half` keep half of theirs, rounded up; which ones is random.
 
     Returns:
-        `split` without the training pairs that are taken away, with a column `group`: single, half or rest.
+        `split` with a column `group`: single, half or rest; the training pairs that are taken away have the part `removed`.
     """
     generator = np.random.Generator(np.random.Philox(seed))
     tested = np.sort(split.loc[split["part"] == "test", "user_id"].unique())
@@ -93,7 +93,8 @@ def cold_users(split: pd.DataFrame, seed: int, share: float = 0.1) -> pd.DataFra
     place = drawn.groupby(training["user_id"]).rank(method="first")
     size = training.groupby("user_id")["item_id"].transform("size")
     keep = np.select([training["group"] == "single", training["group"] == "half"], [1, np.ceil(size / 2)], np.inf)
-    return split.drop(index=training.index[place > keep]).reset_index(drop=True)
+    split.loc[training.index[place > keep], "part"] = "removed"
+    return split
 
 
 def temporal(events: pd.DataFrame, at: datetime, horizon_days: int) -> pd.DataFrame:

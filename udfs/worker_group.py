@@ -34,8 +34,8 @@ class Group:
     def add_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Put the sum of all processes' gradients in place of each one's.
 
-        A sparse gradient must have the same rows everywhere. A parameter that had no part in one process's loss counts as
-        zero there.
+        A sparse gradient must be one of the same rows in every process. A dense parameter that had no part in one process's
+        loss counts as zero there.
         """
         if self.size == 1:
             return

@@ -155,7 +155,7 @@ def _cell(
 
 
 def divide(source: Source, protocol: str, seed: int) -> Division:
-    """The pairs of the training and the tasks of its groups (PROTOCOLS); what a user had otherwise is masked."""
+    """The pairs of the training and the tasks of its groups (PROTOCOLS); what a user had otherwise is masked, taken away or not."""
     split = splits.leave_one_out(source.pairs, seed).assign(group="all")
     if protocol == "cold_users":
         split = splits.cold_users(split, seed)
