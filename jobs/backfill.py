@@ -3,10 +3,10 @@
     ray job submit --address http://127.0.0.1:8265 --working-dir . -- \\
         python -m jobs.backfill --from 2017-10-30 --to 2017-11-05 --conf conf/demo.yaml --set lake=$PWD/lake
 
-Dates that are published already, from the same inputs, are skipped. A date that fails does not stop the later ones (which
-need none of it) unless --stop-on-failure says so; at the end the failed dates are named and the exit status is 1. In a Ray
-job each date is a task of the name `cold_refresh DATE`: the dashboard shows its state and log, and the job's own log has a
-line when it starts and one when it ends. The last line of stdout is a summary in JSON.
+Dates that are published already, from the same inputs, are skipped. A date that fails does not stop the later ones, which then
+build on the newest night that is published, unless --stop-on-failure says so; at the end the failed dates are named and the exit
+status is 1. In a Ray job each date is a task of the name `cold_refresh DATE`: the dashboard shows its state and log, and the job's
+own log has a line when it starts and one when it ends. The last line of stdout is a summary in JSON.
 """
 
 from __future__ import annotations

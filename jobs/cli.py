@@ -40,7 +40,7 @@ def add_lake(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=_option,
         metavar="KEY=VALUE",
-        help="of delta-rs, for object stores; repeatable",
+        help="of delta-rs, such as timeout=60s; where the store is and who asks stays in the environment; repeatable",
     )
 
 

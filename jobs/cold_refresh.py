@@ -124,7 +124,7 @@ def _summary(run: Run, done: dict[str, dict[str, Any]], computed: list[str], sec
 
 
 def prune(run: Run) -> None:
-    """Remove the staged files and the index of finished runs, but of the newest `keep_runs`; their rows stay."""
+    """Remove the staged files and the index of finished runs, except those of the newest `keep_runs`; their rows stay."""
     rows = run.lake.read("runs", columns=["refresh_date", "sequence", "run_id", "stage"]).to_pylist()
     finished = sorted((r["refresh_date"], r["sequence"], r["run_id"]) for r in rows if r["stage"] == STAGES[-1])
     for place, what in (("_staging", "staged files"), ("_index", "index")):

@@ -284,7 +284,13 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_lake(parser)
     for table in ("interactions", "items", "split"):
         parser.add_argument(f"--{table}", type=Path, help=f"the file, or folder of parts, of table {table}")
-    parser.add_argument("--map", action="append", default=[], metavar="TABLE.COLUMN=NAME", help="repeatable")
+    parser.add_argument(
+        "--map",
+        action="append",
+        default=[],
+        metavar="TABLE.COLUMN=NAME",
+        help="our column = the file's name for it; repeatable",
+    )
     parser.add_argument("--delimiter", help="csv: default ',', or tab in .tsv files")
     parser.add_argument(
         "--time-unit", choices=list(clean.UNITS), help="of times given as numbers; by default their size tells"
@@ -293,7 +299,11 @@ def main(argv: list[str] | None = None) -> int:
     how.add_argument("--append", action="store_const", dest="mode", const="append", help="add to tables that are there")
     how.add_argument("--overwrite", action="store_const", dest="mode", const="overwrite", help="replace them")
     parser.add_argument(
-        "--progress", type=_positive, default=PROGRESS_ROWS, metavar="ROWS", help="rows between two lines"
+        "--progress",
+        type=_positive,
+        default=PROGRESS_ROWS,
+        metavar="ROWS",
+        help="rows between two lines of progress (default: %(default)s)",
     )
     args = parser.parse_args(argv)
     request = Request(

@@ -1,11 +1,12 @@
 """The lake: Delta tables of this project, read and committed with delta-rs, exactly once.
 
-A user's own tables are read by Spark only (jobs/snapshot.py); what is here is for the project's own plain tables.
+A user's own tables are read by Spark only (jobs/inputs.py); what is here is for the project's own plain tables.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from datetime import date
 from typing import Any, Literal
@@ -19,6 +20,8 @@ from schemas.table import Table
 from schemas.table import table as schema
 
 _ATTEMPTS = 5
+# What tells where a store is, and who asks.
+_OF_THE_ENVIRONMENT = re.compile("endpoint|region|key|secret|token|account|credential|profile|http", re.IGNORECASE)
 # Of tables that another engine made. The last one delta-rs writes, but readers would then find nulls.
 _UNWRITABLE = {"clustering", "rowTracking", "identityColumns", "inCommitTimestamp", "columnMapping"}
 
@@ -29,10 +32,21 @@ class LakeError(ColdRefreshError):
 
 @dataclass(frozen=True)
 class Lake:
-    """A folder or URI of Delta tables. `options` are delta-rs storage options."""
+    """A folder or URI of Delta tables. `options` are delta-rs storage options: how it commits and how often it tries.
+
+    Raises:
+        LakeError: an option says where the store is or who asks. Spark, Ray's workers and pyarrow must know that too.
+    """
 
     uri: str
     options: dict[str, str] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        if known := sorted(filter(_OF_THE_ENVIRONMENT.search, self.options)):
+            raise LakeError(
+                f"storage options {known} would reach delta-rs only, and not Spark, Ray's workers and the index: put them into "
+                "the environment of all of them (AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, ...)"
+            )
 
     def path(self, name: str) -> str:
         """The URI of `name` in the lake, or `name` itself if it is a URI or a path (that begins with / or .)."""

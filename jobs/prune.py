@@ -2,8 +2,8 @@
 
     python -m jobs.prune --lake ./lake --keep-days 60 --dry-run
 
-A night removes the staged files and the index of finished nights, but of the newest keep_runs. What is trained (spaces, models,
-A-LLMRec's parts), what a training or a night that was given up left half done, and what training runs staged stays until
+A night removes the staged files and the index of finished nights, except those of the newest keep_runs. What is trained (spaces,
+models, A-LLMRec's parts), what a training or a night that was given up left half done, and what training runs staged stays until
 this command. It keeps
 - what was trained in the `keep_days` days before the newest published night, or later;
 - what `runs` says that the nights of these days used, or a staged stage says that it used, and what that is built on;
@@ -164,7 +164,12 @@ def _changed(folder: Staging) -> datetime:
 def main(argv: list[str] | None = None) -> int:
     parser = cli.parser(__doc__)
     cli.add_lake(parser)
-    parser.add_argument("--keep-days", type=int, default=60, help="default: %(default)s")
+    parser.add_argument(
+        "--keep-days",
+        type=int,
+        default=60,
+        help="days before the newest published night whose parts are kept (default: %(default)s)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would be removed")
     args = parser.parse_args(argv)
     return cli.main(lambda: prune(cli.lake(args), args.keep_days, datetime.now(UTC), dry_run=args.dry_run))

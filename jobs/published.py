@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
         "--date", help="YYYY-MM-DD: the newest publication of this date or before; the newest if left out"
     )
     parser.add_argument("--user", help="user id; the first user if left out")
-    parser.add_argument("--top", type=int, default=10, help="how many items")
+    parser.add_argument("--top", type=int, default=10, help="how many items (default: %(default)s)")
     parser.add_argument("--index", action="store_true", help="search the exported FAISS index")
     args = parser.parse_args(argv)
 

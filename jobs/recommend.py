@@ -126,7 +126,7 @@ def recommend(settings: Settings, run_date: date, asked: Asked) -> dict[str, Any
 
 
 def _prune(run: Run) -> None:
-    """Remove what this run needs no more, and all staged files of finished ones but of the newest `keep_runs`."""
+    """Remove what this run needs no more, and all staged files of finished ones except the newest `keep_runs`."""
     for name in ("snapshot", "shards"):
         run.staging(name).clear()
     rows = [
@@ -299,8 +299,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run-date", required=True, help="YYYY-MM-DD: a date whose night is published")
     parser.add_argument("--users", metavar="FILE", help="user ids, one a line (a path or URI)")
     parser.add_argument("--user", action="append", default=[], metavar="ID", help="a user id; repeatable")
-    parser.add_argument("--candidates", type=int, default=20, help="items of the index that are ranked, a user")
-    parser.add_argument("--top", type=int, default=10, help="items that are kept, a user")
+    parser.add_argument(
+        "--candidates", type=int, default=20, help="items of the index to rank for each user (default: %(default)s)"
+    )
+    parser.add_argument("--top", type=int, default=10, help="best items to keep for each user (default: %(default)s)")
     parser.add_argument("--generate", action="store_true", help="let the model write a title for each user, too")
     args = parser.parse_args(argv)
     if not args.users and not args.user:

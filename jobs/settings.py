@@ -127,7 +127,9 @@ class FilterLLM(_Section):
     vocabulary: Literal["cf", "llm"] = Field(
         "cf", description="the users' vectors are as wide as CF's, or (the paper's way) as the language model's"
     )
-    softmax: Literal["full", "sampled"] = Field("full", description="sampled: for users too many to go through a step")
+    softmax: Literal["full", "sampled"] = Field(
+        "full", description="sampled: for more users than a training step can go through"
+    )
     samples: int = Field(8192, ge=1, description="sampled softmax: users drawn a step")
     proposal: Literal["uniform", "popularity"] = Field("uniform", description="sampled softmax: how they are drawn")
     lora: bool = Field(
@@ -229,7 +231,8 @@ class Spark(_Section):
 class Settings(_Section):
     lake: str = Field(description="a folder or an s3://, gs://, abfss:// URI")
     storage_options: dict[str, str] = Field(
-        default_factory=dict, description="delta-rs names; secrets stay in the environment"
+        default_factory=dict,
+        description="how delta-rs commits, such as timeout; where the store is and who asks stays in the environment",
     )
     seed: int = Field(7, ge=0)
     inputs: Inputs = Inputs()
@@ -256,6 +259,8 @@ class Settings(_Section):
             raise ValueError("filterllm.lora trains a language model, and text.model words is none")
         if self.cf.init == "llminit" and self.cf.model in ("als", "als_cg"):
             raise ValueError(f"cf.init llminit needs a cf.model that keeps its start, not {self.cf.model}")
+        if self.cf.negatives == "user" and self.cf.model not in ("bpr", "lightgcn", "sgl"):
+            raise ValueError(f"cf.negatives user is for bpr, lightgcn and sgl; {self.cf.model} draws no negatives")
         if self.refresh.cold == "llminit" and self.cf.init != "llminit":
             raise ValueError(
                 "refresh.cold llminit needs cf.init llminit: otherwise texts and space have nothing in common"

@@ -203,6 +203,6 @@ def _truth(
     if not tasks:
         facts["note"] = (
             f"no truth yet for {run.run_date}: the table holds no later pair of a known user and item, so nothing is "
-            "measured; evaluate this date again when it does"
+            f"measured; when it does: python -m jobs.evaluate --conf ... --run-date {run.run_date}"
         )
     return Truth(tasks, facts)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from jobs.benchmark import allmrec_rows, llminit_rows, quality, systems
+from jobs.benchmark.baselines import BASELINES
+from jobs.benchmark.choice import chosen
+
 REPOSITORY = Path(__file__).parents[1]
 TEXT = "\n".join((REPOSITORY / name).read_text() for name in ("README.md", "RESULTS.md"))
-BLOCKS = re.findall(r"^```\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+BLOCKS = re.findall(r"^```\w*\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if re.match(r"(make|[A-Z_]+=\S+ |\.venv)", line)]
 
 
@@ -46,3 +51,19 @@ def test_every_option_is_known(module: str) -> None:
     assert mine
     for option in {option for words in mine for option in re.findall(r"--[a-z-]+", words)}:
         assert option in shown.stdout, option
+
+
+ROWS = {
+    "quality": [*quality._FLOORS, *BASELINES, *(row.name for row in quality.ROWS)],
+    "llminit": [row.name for row in llminit_rows.ROWS],
+    "allmrec": [row.name for row in allmrec_rows.ROWS],
+    "systems": list(systems.SYSTEMS),
+}
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "--rows" in c])
+def test_every_row_is_known(command: str) -> None:
+    words = shlex.split(command)
+    after = words[words.index("--rows") + 1 :]
+    asked = after[: next((n for n, word in enumerate(after) if word.startswith("--")), None)]
+    assert chosen(asked, ROWS[words[words.index("jobs.benchmark") + 1]])

@@ -263,6 +263,8 @@ def test_an_unreadable_version_is_named(spark: Any, tmp_path: Path) -> None:
 
     with pytest.raises(LakeError, match="version 99"):
         Lake(str(lake)).table("items", 99)
+    with pytest.raises(LakeError, match=r"'AWS_ENDPOINT_URL'.* would reach delta-rs only"):
+        Lake(str(lake), {"AWS_ENDPOINT_URL": "http://store", "timeout": "60s"})
     assert issubclass(LakeError, ColdRefreshError)
     assert issubclass(ContractError, ColdRefreshError)
 

@@ -50,6 +50,9 @@ def _measure(subject: str, argv: list[str]) -> dict[str, Any]:
     parser.prog = f"python -m jobs.benchmark {subject}"
     parser.add_argument("--out", default=".cache/benchmark", help="folder of the results (default: %(default)s)")
     module.add_arguments(parser)
+    for action in parser._actions:
+        if action.default not in (None, [], argparse.SUPPRESS) and "%(default)" not in (action.help or ""):
+            action.help = f"{action.help} (default: %(default)s)" if action.help else "(default: %(default)s)"
     args: argparse.Namespace = parser.parse_args(argv)
     result: dict[str, Any] = module.run(args)
     out = Path(args.out)

@@ -23,10 +23,10 @@ from jobs.benchmark import allmrec_data
 from jobs.benchmark.allmrec_cells import METRICS, cell
 from jobs.benchmark.allmrec_data import Corpus
 from jobs.benchmark.allmrec_rows import ROWS, SIZES, Options, Row
+from jobs.benchmark.choice import HELP, chosen
 from jobs.benchmark.kept import Kept
 from jobs.benchmark.table import mean_and_spread, table
 from jobs.run import log
-from schemas.errors import ColdRefreshError
 
 DATA_SETS = ("amazon-beauty", "amazon-games")
 # Trained on -> asked about.
@@ -38,9 +38,9 @@ _GROUPS = ("all", "warm items", "cold items", "cold users")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", choices=DATA_SETS, nargs="+", default=list(DATA_SETS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9])
-    parser.add_argument("--rows", nargs="+", help=f"only these: {'; '.join(row.name for row in ROWS)}")
+    parser.add_argument("--rows", nargs="+", help=HELP + ": " + "; ".join(row.name for row in ROWS))
     parser.add_argument("--scenarios", choices=SCENARIOS, nargs="+", default=list(SCENARIOS))
-    parser.add_argument("--few-shot", type=int, nargs="+", default=[256, 128], help="users (default: 256 128)")
+    parser.add_argument("--few-shot", type=int, nargs="+", default=[256, 128], help="of how many users")
     for name in SIZES:
         default = getattr(Options(), name)
         parser.add_argument(
@@ -50,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    rows = _rows(args.rows)
+    names = chosen(args.rows, [row.name for row in ROWS])
+    rows = [row for row in ROWS if row.name in names]
     base = Options(**{name: getattr(args, name) for name in SIZES})
     tables, results = [], {}
     for name in args.dataset:
@@ -71,13 +72,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         results[name] = found
         tables += _tables(name, found, list(scenarios), base, args.seeds)
     return {"options": asdict(base), "tables": tables, "results": results}
-
-
-def _rows(names: list[str] | None) -> list[Row]:
-    known = [row.name for row in ROWS]
-    if unknown := sorted(set(names or []) - set(known)):
-        raise ColdRefreshError(f"--rows {unknown}: there are {known}")
-    return [row for row in ROWS if not names or row.name in names]
 
 
 def _kept(

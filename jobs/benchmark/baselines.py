@@ -17,7 +17,6 @@ from jobs.benchmark import coldllm
 from jobs.benchmark.datasets import data_folder
 from jobs.benchmark.measured import Measured
 from jobs.run import log
-from schemas.errors import ColdRefreshError
 from udfs.fold_in import fold_in, to_csr
 
 _RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 10.0)
@@ -47,8 +46,6 @@ def tfidf_ridge(night: Measured) -> np.ndarray:
 
 def released(night: Measured) -> np.ndarray:
     """ColdLLM's released simulated interactions of CiteULike (the pairs its language model said Yes to), folded in."""
-    if "citeulike" not in str(night.run.lake.uri):
-        raise ColdRefreshError("ColdLLM's simulated interactions are released for citeulike-a only")
     pairs = pd.read_parquet(data_folder("citeulike-a") / "coldllm_refine.parquet")
     pairs = pairs[pairs["answer"] == "Yes"] if "answer" in pairs else pairs
     users = pd.Index(night.catalog.user_ids).get_indexer(pd.Index(pairs["user_id"].astype(str)))
@@ -84,6 +81,9 @@ BASELINES: dict[str, Callable[[Any], np.ndarray | None]] = {
     "ColdLLM 7B's released interactions": released,
     "text to judgment (SmolLM2)": text_to_judgment,
 }
+
+#: Baselines that are there for one data set only.
+ONLY = {"ColdLLM 7B's released interactions": "citeulike-a"}
 
 
 def _folded(night: Measured, users: np.ndarray, rows: np.ndarray, weights: np.ndarray, n: int, name: str) -> np.ndarray:

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 from schemas.errors import ColdRefreshError
 
+#: Of an option --rows.
+HELP = "only these rows: a name as in the table for that row alone, or the beginning of several"
+
 
 def chosen(asked: Sequence[str] | None, known: Sequence[str]) -> list[str]:
     """Those of `known`, in their order, that are asked for by name, or else by the beginning of it; all of them by default.

@@ -26,7 +26,7 @@ import pandas as pd
 
 from jobs import cf, cf_start, plots, text_embeddings
 from jobs import settings as conf
-from jobs.benchmark.choice import chosen
+from jobs.benchmark.choice import HELP, chosen
 from jobs.benchmark.datasets import DATA_SETS, DataSet, lake_of
 from jobs.benchmark.kept import Kept
 from jobs.benchmark.llminit_rows import BASE, BY_DIMENSION, ROWS, Row
@@ -48,7 +48,7 @@ PROTOCOLS = {"all": ("all",), "cold_users": ("single", "half")}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", choices=list(DATA_SETS), nargs="+", default=["amazon-beauty"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9])
-    parser.add_argument("--rows", nargs="+", help="only these rows (names as in the table, or a beginning of them)")
+    parser.add_argument("--rows", nargs="+", help=HELP)
     parser.add_argument("--protocols", choices=list(PROTOCOLS), nargs="+", default=list(PROTOCOLS))
     parser.add_argument(
         "--curve", type=int, nargs="+", metavar="D", help="instead: LightGCN's starts at these dimensions"

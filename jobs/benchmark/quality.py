@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs import settings as conf
-from jobs.benchmark.baselines import BASELINES
-from jobs.benchmark.choice import chosen
+from jobs.benchmark.baselines import BASELINES, ONLY
+from jobs.benchmark.choice import HELP, chosen
 from jobs.benchmark.datasets import DATA_SETS, DataSet, lake_of
 from jobs.benchmark.kept import Kept
 from jobs.benchmark.measured import Measured, measure
@@ -33,7 +33,7 @@ _FLOORS = ("random", "popularity", "text_knn")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", choices=list(DATA_SETS), nargs="+", default=["citeulike-a"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9])
-    parser.add_argument("--rows", nargs="+", help="only these rows (names as in the table, or a beginning of them)")
+    parser.add_argument("--rows", nargs="+", help=HELP)
     parser.add_argument("--encoder", action="append", default=[], metavar="NAME=FOLDER", help="such as mpnet=FOLDER")
     parser.add_argument(
         "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="for all rows"
@@ -53,19 +53,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             data = replace(data, run_date=parse_run_date(args.run_date))
         lake = lake_of(data, work)
         found = {}
-        for row in _wanted(names, encoders):
+        for row in _wanted(names, encoders, name):
             found[row.name] = _row(row, data, lake, args, encoders, work)
         results[name] = found
         tables.append(_table(data, conf.load(data.conf).evaluate.k[0], found, args.seeds))
     return {"tables": tables, "results": results}
 
 
-def _wanted(names: list[str], encoders: dict[str, str]) -> Iterator[Row]:
+def _wanted(names: list[str], encoders: dict[str, str], data: str) -> Iterator[Row]:
     for row in (*(Row(name) for name in (*_FLOORS, *BASELINES)), *ROWS):
         if row.name not in names:
             continue
         if overrides(row, encoders) is None:
             log(f"[benchmark] {row.name}: left out, no --encoder {row.encoders}")
+            continue
+        if ONLY.get(row.name, data) != data:
+            log(f"[benchmark] {row.name}: left out, it is for {ONLY[row.name]} only")
             continue
         yield row
 

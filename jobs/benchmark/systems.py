@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from jobs import settings as conf
-from jobs.benchmark.choice import chosen
+from jobs.benchmark.choice import HELP, chosen
 from jobs.benchmark.datasets import DATA_SETS, DataSet, lake_of
 from jobs.benchmark.kept import Kept
 from jobs.benchmark.measure import fresh
@@ -44,7 +44,7 @@ SYSTEMS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", choices=list(DATA_SETS), nargs="+", default=["citeulike-a"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9])
-    parser.add_argument("--rows", nargs="+", help="only these systems (names as in the table, or a beginning of them)")
+    parser.add_argument("--rows", nargs="+", help=HELP)
     parser.add_argument(
         "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="for all systems"
     )
