@@ -1,5 +1,6 @@
 """Stage filterllm_score: tonight's cold items to their K users, out of all users of the vocabulary.
 
+Warm items that nothing else can place (jobs/stranded.py) are read with them.
 What was found for an item is kept in the table `item_scores` until its text, the model, how users are drawn or the users
 who may be drawn change: a night scores new and changed items only. Items that are not in it are sorted by id and scored in
 shards on Ray, and every shard is committed, in order, when it is done: a killed run goes on behind its last finished one.
@@ -16,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs import adapted_texts, text_embeddings
+from jobs import adapted_texts, stranded, text_embeddings
 from jobs.filterllm_train import load_model
 from jobs.ray_cluster import cluster
 from jobs.run import Run, log
@@ -54,8 +55,15 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
     allowed = _allowed(run, vocabulary)
     version = _scoring_version(run, trained["model_version"], vocabulary.filter(pa.array(allowed)))
     items = run.staging("snapshot").read("items_labelled", ["item_id", "label", "text_sha256"])
-    cold = items.filter(pc.and_(pc.equal(items["label"], "cold"), pc.is_valid(items["text_sha256"])))
-    wanted = pa.concat_tables([cold, _held_out(run, items)] if cold.num_rows else [cold])
+    of_strangers = stranded.items(run)
+    if len(of_strangers):
+        log(
+            f"[filterllm_score] {len(of_strangers)} items that only users without a vector have are scored as cold ones"
+        )
+    asked = pc.or_(pc.equal(items["label"], "cold"), pc.is_in(items["item_id"], value_set=of_strangers))
+    cold = items.filter(pc.and_(asked, pc.is_valid(items["text_sha256"])))
+    held = _held_out(run, items.filter(pc.invert(asked)))
+    wanted = pa.concat_tables([cold, held] if cold.num_rows else [cold])
     wanted = wanted.select(["item_id", "text_sha256"]).sort_by("item_id").combine_chunks()
     done = _cached(run, version, wanted)
     pending = wanted.filter(pc.invert(pc.is_in(wanted["item_id"], value_set=done["item_id"].combine_chunks())))

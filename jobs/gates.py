@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from jobs import stranded
 from jobs.expectations import GateError, View, check
 from jobs.run import OUTPUTS, Run, log
 from jobs.staging import MANIFEST, Staging
@@ -130,9 +131,10 @@ def refresh_digest(run: Run) -> str:
     return hashlib.sha256(run.staging("refresh").read_bytes(MANIFEST)).hexdigest()
 
 
-def _sampled_views(run: Run, items: pa.Table, users: pa.Table) -> list[View]:
+def _sampled_views(run: Run, items: pa.Table, users: pa.Table, of_strangers: pa.Array) -> list[View]:
     sampled = _staged(run.staging("refresh"), "sampled_interactions")
     cold = _cold_with_text(items)
+    cold = pa.chunked_array([*cold.chunks, of_strangers], cold.type)
     expected = pa.table({"item_id": cold, "sampled": gate_views.known(cold, sampled["item_id"])}).to_pandas()
     lineage = gate_views.lineage(sampled, ["propensity", *_LINEAGE])
     by_item = gate_views.sampled_by_item(sampled, cold, users["user_id"])
@@ -147,8 +149,8 @@ def _cold_with_text(items: pa.Table) -> pa.ChunkedArray:
     return items.filter(pc.and_(pc.equal(items["label"], "cold"), pc.is_valid(items["content"])))["item_id"]
 
 
-def _item_views(run: Run, items: pa.Table, placed: np.ndarray) -> list[View]:
-    """`placed` bool, one a row of `items`: the space or a fold-in can place it by real interactions."""
+def _item_views(run: Run, items: pa.Table, placed: np.ndarray, of_strangers: pa.Array) -> list[View]:
+    """`placed` bool, one a row of `items`: the space or a fold-in can place it by real interactions; of_strangers: ids."""
     embedded = _staged(run.staging("refresh"), "item_embeddings")
     rows = gate_views.vectors(embedded, "item_id", items)
     warm = rows.loc[rows["finite"] & (rows["label"] == "warm"), "norm"]
@@ -156,7 +158,7 @@ def _item_views(run: Run, items: pa.Table, placed: np.ndarray) -> list[View]:
     rows["known"] = rows.pop("label").notna()
     rows["days_ahead"] = (rows["updated_at"] - run.midnight).dt.total_seconds() / 86400
     must = np.asarray(pc.is_valid(items["content"]).to_numpy(), dtype=bool) | placed
-    must &= placed | np.asarray(pc.equal(items["label"], "cold").to_numpy(), dtype=bool)
+    must &= placed | np.asarray(pc.equal(items["label"], "cold")) | gate_views.known(items["item_id"], of_strangers)
     expected = items.select(["item_id", "label"]).filter(pa.array(must))
     expected = expected.append_column("embedded", pa.array(gate_views.known(expected["item_id"], embedded["item_id"])))
     return [
@@ -202,9 +204,10 @@ def output_views(run: Run) -> tuple[list[View], dict[str, Any]]:
     placed = np.zeros(items.num_rows, dtype=bool)
     placed[pairs["item_idx"].to_numpy()[in_space[pairs["user_idx"].to_numpy()]]] = True
 
+    of_strangers = stranded.items(run)
     views = [
-        *_sampled_views(run, items, users),
-        *_item_views(run, items, placed),
+        *_sampled_views(run, items, users, of_strangers),
+        *_item_views(run, items, placed, of_strangers),
         *_user_views(run, users, in_space),
         _space_view(space),
     ]

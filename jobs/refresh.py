@@ -4,8 +4,8 @@ Method `fold_in` keeps the night's space: what was trained in it stays bit for b
 Method `retrain` trains CF again on the real pairs and FilterLLM's sampled ones together (the paper's way): every vector comes
 from that new space. Where an item's vector comes from is its `source`:
 
-- sampled: it has sampled users tonight; folded in from these, united with its few real pairs. Without any real pair, what its
-  words alone say stands beside it (udfs/blend.py)
+- sampled: it has sampled users tonight (it is cold, or nobody with a vector has it); folded in from these, united with its few
+  real pairs. Without any real pair that counts, what its words alone say stands beside it (udfs/blend.py)
 - llminit: cold, and where its text alone places it in a space that began with cf.init=llminit: what is left for an item
   without sampled users, or the way for all cold items (refresh.cold)
 - allmrec: cold, and where A-LLMRec's alignment decodes its text to (refresh.cold; jobs/allmrec_alignment.py)

@@ -146,6 +146,7 @@ def stage(
     if not model.is_complete():
         for version in ("s1", "s2"):
             run.artifact("spaces", version).write("users", pa.table({"user_id": USER_IDS}))
+            run.artifact("spaces", version).write("items", pa.table({"item_id": WARM_IDS}))
             run.artifact("spaces", version).complete({})
         model.write("users", pa.table({"user_id": [*USER_IDS, "gone"]}))
         model.complete({})

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from jobs import allmrec_alignment, cf, cf_start, refresh
+from jobs import allmrec_alignment, cf, cf_start, refresh, stranded
 from jobs.run import OUTPUTS, Run, execute
 from schemas.table import table as schema
 from tests.staged_night import Pair, blocks, publish, refreshed, run_of, snapshot
@@ -274,6 +274,30 @@ def test_the_next_night(tmp_path: Path) -> None:
     # The deleted user is neither published nor used; those who are left share what an item's users count together.
     assert tables["sampled_interactions"]["user_id"].to_pylist() == ["u1-4", "u1-5"]
     np.testing.assert_allclose(items["new-1"]["embedding"], _reference(space, {"u1-4": 10.0, "u1-5": 5.0}), rtol=1e-5)
+
+
+def test_an_item_that_only_strangers_have_is_read_as_a_cold_one(tmp_path: Path) -> None:
+    first, pairs = run_of(tmp_path, DAY, cf=BPR), blocks()
+    _night(first, pairs, {})
+    new = {("stranger", "fresh"): 1.0, ("stranger", "bare"): 1.0, ("new", "i0-0"): 1.0, ("new", "reached"): 1.0}
+    texts = {item: [1.0, 0.0] for item in ("fresh", "reached", "i0-0")}
+    run = run_of(tmp_path, NEXT, cf=BPR)
+    sampled = {"fresh": [("u0-0", 0.5), ("u0-1", 0.25)]}
+    facts, tables, _ = _night(run, {**pairs, **new}, sampled, texts=texts)
+    assert stranded.items(run).to_pylist() == ["fresh"]
+    found = _by_id(tables["item_embeddings"])
+    assert {name: found[name]["source"] for name in ("fresh", "reached", "i0-0")} == {
+        "fresh": "sampled", "reached": "cf", "i0-0": "cf"
+    }  # fmt: skip
+    assert facts["items_left_out"] == 1  # without a text nothing can be said of it
+    publish(run)
+    # The next night its vector stays, and it is still one of those that are read.
+    later = run_of(tmp_path, date(2026, 3, 3), cf=BPR)
+    _, tables, _ = _night(later, {**pairs, **new}, sampled, texts=texts)
+    assert stranded.items(later).to_pylist() == ["fresh"]
+    again = _by_id(tables["item_embeddings"])["fresh"]
+    assert again["source"] == "carried_over"
+    np.testing.assert_array_equal(again["embedding"], found["fresh"]["embedding"])
 
 
 def test_nothing_is_carried_over_from_another_space_or_a_later_night(tmp_path: Path) -> None:
