@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -32,8 +32,7 @@ def items(run: Run) -> pa.Array:
     return items["item_id"].filter(pa.array(found)).combine_chunks()
 
 
-def _pairs(run: Run) -> Any:
+def _pairs(run: Run) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """user_idx and item_idx of the snapshot's pairs, piece by piece."""
-    columns = ["user_idx", "item_idx"]
-    for batch in run.staging("snapshot").batches("training_interactions", columns):
-        yield tuple(batch.column(name).to_numpy() for name in columns)
+    for batch in run.staging("snapshot").batches("training_interactions", ["user_idx", "item_idx"]):
+        yield batch.column("user_idx").to_numpy(), batch.column("item_idx").to_numpy()

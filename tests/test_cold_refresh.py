@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from deltalake import write_deltalake
 
 from jobs.cold_refresh import refresh
 from jobs.lake import Lake
@@ -52,6 +54,12 @@ def test_the_same_night_again_recomputes_nothing(undisturbed: tuple[small.SmallL
 def test_the_next_night_computes_only_what_changed(undisturbed: tuple[small.SmallLake, dict[str, Any]]) -> None:
     lake, first = undisturbed
     next_day = lake.run_date + timedelta(days=3)
+    # A new item that only a new user buys: nothing but its text can place it.
+    when = datetime(lake.run_date.year, lake.run_date.month, lake.run_date.day, 12, tzinfo=UTC)
+    bought = pa.table({"user_id": ["stranger"], "item_id": ["tea-fresh"], "event_time": [when]})
+    text = pa.table({"item_id": ["tea-fresh"], "title": ["loose tea"], "text": [small.TOPICS["tea"]]})
+    write_deltalake(str(lake.lake / "interactions"), bought, mode="append")
+    write_deltalake(str(lake.lake / "items"), text, mode="append")
     summary = nights.night(lake.conf, next_day)
     facts = {
         row["stage"]: row
@@ -59,13 +67,17 @@ def test_the_next_night_computes_only_what_changed(undisturbed: tuple[small.Smal
         if row["run_id"] == summary["run_id"]
     }
     counts = {stage: json.loads(row["counts"]) for stage, row in facts.items()}
-    assert counts["text_embeddings"]["encoded"] == 0
+    assert counts["text_embeddings"]["encoded"] == 1
     assert counts["cf"]["trained"] is False
     assert counts["filterllm_train"]["trained"] is False
-    assert counts["filterllm_score"]["scored"] == 0
+    assert counts["filterllm_score"]["scored"] == 1
     both = Lake(str(lake.lake)).read("item_embeddings").to_pylist()
     before = {r["item_id"]: r for r in both if r["run_id"] == first["run_id"]}
     after = {r["item_id"]: r for r in both if r["run_id"] == summary["run_id"]}
+    assert after["tea-fresh"]["source"] == "sampled"
+    users = Lake(str(lake.lake)).read("sampled_interactions", refresh_date=next_day).to_pylist()
+    of_fresh = [row["user_id"] for row in users if row["item_id"] == "tea-fresh"]
+    assert sum(user.startswith("tea-") for user in of_fresh) > len(of_fresh) / 2
     sold = {i for i, r in after.items() if r["source"] == "carried_over"}
     assert sold, "no cold item was bought within three days: the test's lake does not test this"
     assert sold <= lake.cold_items

@@ -33,7 +33,7 @@ from udfs.text_encoder import TextEncoder
 Ints = NDArray[np.int64]
 #: How much faster FilterLLM's paper (arXiv 2502.16924) is than ColdLLM, an item.
 PAPER = 34.75
-_WIDTH = 128  # of the user vocabulary; beside the language model its cost is nothing at any width
+_WIDTH = 128  # of the user vocabulary; what was measured is with this one, conf/citeulike.yaml has 256
 # What FilterLLM's own prompts are like: a task, then the item.
 _TASK = "Describe which researchers will want to read a paper with the following title.\nTitle: {title}\nResearchers:"
 # The least that an item's own part of the prompt can be: the question is asked before it, once a user.
