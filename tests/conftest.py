@@ -60,7 +60,7 @@ def small_lake(tmp_path: Path) -> small.SmallLake:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[small.SmallLake, dict[str, Any]]:
     """A lake after one night that nothing disturbed, run by spark-submit, and the night's summary.
 
-    The night is run once for all workers of pytest; each has a copy of its own, since tests run further nights on it.
+    The night is run once for all workers of pytest; each has a copy of its own.
     """
     base = tmp_path_factory.getbasetemp()
     made = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "undisturbed-night"
@@ -70,9 +70,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[small.SmallLa
             made.mkdir()
             lake = small.build(made)
             (made / "summary.json").write_text(json.dumps(nights.night(lake.conf, lake.run_date)))
-    own = small.build(tmp_path_factory.mktemp("undisturbed"))
-    shutil.rmtree(own.lake)
-    shutil.copytree(made / "lake", own.lake)
+    own = small.copied(made / "lake", tmp_path_factory.mktemp("undisturbed"))
     return own, json.loads((made / "summary.json").read_text())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -90,3 +91,11 @@ def build(folder: Path, new_items: int = 3, **overrides: object) -> SmallLake:
     }
     conf.write_text(yaml.safe_dump({**settings, **overrides}))
     return SmallLake(lake, conf)
+
+
+def copied(lake: Path, folder: Path) -> SmallLake:
+    """The lake at `lake` copied into `folder`, with a settings file of its own."""
+    copy = build(folder)
+    shutil.rmtree(copy.lake)
+    shutil.copytree(lake, copy.lake)
+    return copy

@@ -51,8 +51,10 @@ def test_the_same_night_again_recomputes_nothing(undisturbed: tuple[small.SmallL
     assert {name: Lake(str(lake.lake)).version(name) for name in versions} == versions
 
 
-def test_the_next_night_computes_only_what_changed(undisturbed: tuple[small.SmallLake, dict[str, Any]]) -> None:
-    lake, first = undisturbed
+def test_the_next_night_computes_only_what_changed(
+    undisturbed: tuple[small.SmallLake, dict[str, Any]], tmp_path: Path
+) -> None:
+    lake, first = small.copied(undisturbed[0].lake, tmp_path), undisturbed[1]
     next_day = lake.run_date + timedelta(days=3)
     # A new item that only a new user buys: nothing but its text can place it.
     when = datetime(lake.run_date.year, lake.run_date.month, lake.run_date.day, 12, tzinfo=UTC)

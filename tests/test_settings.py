@@ -29,6 +29,7 @@ def test_every_file_of_conf_loads_and_begins_with_its_command(path: Path) -> Non
         ("sampling.k=0", "sampling.k"),
         ("refresh.users=1000", "refresh.users"),
         ("evaluate.protocol=random_item", "snapshot.split"),
+        ("cf.negatives=user", "draws no negatives"),
         ("seed", "expected key=value"),
         ("lake.folder=x", "lake is not a section"),
     ],
