@@ -50,6 +50,10 @@ ROWS = (
         ("cf.model=lightgcn", "cf.dimension=64", "cf.epochs=40", "cf.init=llminit", "cf.llminit.select=variance"),
     ),
     Row(
+        "CF: LightGCN from LLMInit, PCA",
+        ("cf.model=lightgcn", "cf.dimension=64", "cf.epochs=40", "cf.init=llminit", "cf.llminit.select=pca"),
+    ),
+    Row(
         "cold items where LLMInit puts them",
         (
             "cf.model=lightgcn",
