@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from jobs import stranded
 from jobs.expectations import GateError, View, check
 from jobs.run import OUTPUTS, Run, log
+from jobs.spark_session import session, spark_path
 from jobs.staging import MANIFEST, Staging
 from schemas.errors import ContractError
 from schemas.table import table as schema
@@ -79,10 +80,13 @@ def _input_counts(facts: dict[str, Any], rejected: pa.Table, staged: dict[str, i
 def input_views(run: Run, out: Staging, facts: dict[str, Any]) -> tuple[list[View], dict[str, Any]]:
     """The views of the snapshot's tables in `out`, and the values that their expectations name."""
     users, items = _staged(out, "users"), _staged(out, "items_labelled")
-    pairs = _staged(out, "training_interactions", ["user_id", "item_id", "weight", "events"])
+    spark = session(run.settings.spark)
+    names = ("training_interactions", "items_labelled", "users")
+    by_item = gate_views.training_by_item(
+        *(spark.read.parquet(spark_path(out.path(name))) for name in names)
+    ).toPandas()
     rejected = _staged(out, "rejected_rows", ["table", "key", "reason", "detail", "rows"])
-    staged = {"interactions": pc.sum(pairs["events"]).as_py() or 0, "items": items.num_rows}
-    by_item = gate_views.training_by_item(pairs, items["item_id"], users["user_id"])
+    staged = {"interactions": int(by_item["events"].sum()), "items": items.num_rows}
     reasons = gate_views.lineage(rejected, ["table", "reason"])
     item_rows = items.select(["item_id", "item_idx", "label", "interactions"])
     views = [

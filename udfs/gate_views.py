@@ -1,4 +1,5 @@
-"""What the gates look at: a table's rows brought down to one row an item, a user or a fact (Arrow, numpy -> pandas).
+"""What the gates look at: a table's rows brought down to one row an item, a user or a fact (Arrow, numpy -> pandas; Spark
+for the training interactions).
 
 Expectations cannot see into array columns, and are slow on many millions of rows; so embeddings become a dimension, a
 norm and a flag, and (item, user) rows become one row an item with counts of what is wrong in it.
@@ -6,10 +7,15 @@ norm and a flag, and (item, user) rows become one row an item with counts of wha
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
 
 
 def _codes(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
@@ -27,20 +33,18 @@ def known(ids: pa.Array | pa.ChunkedArray, of: pa.Array | pa.ChunkedArray) -> np
 
 
 def by_item(pairs: pa.Table, items: pa.ChunkedArray, users: pa.ChunkedArray) -> tuple[pd.DataFrame, np.ndarray]:
-    """One row an item of `pairs` (item_id, user_id, ...), and for each row of `pairs` the number of its item's row.
+    """One row an item of `pairs` (item_id, user_id, rank, probability), and for each row of `pairs` the number of its item's.
 
     Returns:
-        item_id, known (is it in `items`), rows, incomplete (rows with a null id, or any null in columns that are never
-        null: `weight`, `rank`, `probability`), repeated (rows whose user the item has already), unknown_users (rows whose
-        user is not in `users`).
+        item_id, known (is it in `items`), rows, incomplete (rows with a null), repeated (rows whose user the item has
+        already), unknown_users (rows whose user is not in `users`).
     """
     item, item_ids = _codes(pairs["item_id"])
     user, user_ids = _codes(pairs["user_id"])
     n = len(item_ids)
     incomplete = np.zeros(len(item), dtype=bool)
-    for name in ("item_id", "user_id", "weight", "rank", "probability"):
-        if name in pairs.column_names:
-            incomplete |= np.asarray(pc.is_null(pairs[name], nan_is_null=True).to_numpy(), dtype=bool)
+    for name in ("item_id", "user_id", "rank", "probability"):
+        incomplete |= np.asarray(pc.is_null(pairs[name], nan_is_null=True).to_numpy(), dtype=bool)
     distinct = np.unique(item * max(len(user_ids), 1) + user) // max(len(user_ids), 1)
     rows = np.bincount(item, minlength=n)
     stranger = ~known(user_ids, users)[user] if len(user_ids) else np.zeros(0, dtype=bool)
@@ -65,11 +69,36 @@ def _extremes(values: np.ndarray, group: np.ndarray, n: int) -> tuple[np.ndarray
     return low, high
 
 
-def training_by_item(pairs: pa.Table, items: pa.ChunkedArray, users: pa.ChunkedArray) -> pd.DataFrame:
-    """`by_item` of training_interactions with the lowest weight."""
-    frame, item = by_item(pairs, items, users)
-    frame["lowest_weight"], _ = _extremes(_float(pairs["weight"]), item, len(frame))
-    return frame
+def training_by_item(pairs: DataFrame, items: DataFrame, users: DataFrame) -> DataFrame:
+    """What `by_item` says of training_interactions, by Spark, since they need not fit into memory.
+
+    Args:
+        pairs, items, users: the staged tables training_interactions, items_labelled and users.
+
+    Returns:
+        item_id, known, incomplete, repeated, unknown_users, events (their sum), lowest_weight (NaN left out, null for none),
+        one row an item, by item_id.
+    """
+    from pyspark.sql import functions as F
+
+    weight = F.nanvl("weight", F.lit(None).cast("double"))
+    incomplete = F.isnull("item_id") | F.isnull("user_id") | F.isnull(weight)
+    once = pairs.groupBy("item_id", "user_id").agg(
+        F.count("*").alias("rows"),
+        F.count_if(incomplete).alias("incomplete"),
+        F.sum("events").alias("events"),
+        F.min(weight).alias("lowest_weight"),
+    )
+    of_users = once.join(users.select("user_id", F.lit(True).alias("numbered")).distinct(), "user_id", "left")
+    of_items = of_users.groupBy("item_id").agg(
+        F.sum("incomplete").alias("incomplete"),
+        (F.sum("rows") - F.count("*")).alias("repeated"),
+        F.sum(F.when(F.isnull("numbered"), F.col("rows")).otherwise(0)).alias("unknown_users"),
+        F.sum("events").alias("events"),
+        F.min("lowest_weight").alias("lowest_weight"),
+    )
+    labelled = items.select("item_id", F.lit(True).alias("known")).distinct()
+    return of_items.join(labelled, "item_id", "left").fillna({"known": False}).orderBy("item_id")
 
 
 def sampled_by_item(sampled: pa.Table, cold: pa.ChunkedArray, users: pa.ChunkedArray) -> pd.DataFrame:
