@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sqlite3
 import stat
@@ -93,7 +94,7 @@ def _query(home: AirflowHome, sql: str) -> list[tuple[Any, ...]]:
 
 def test_dags_parse_fast_and_without_the_engines(parsed: dict[str, Any]) -> None:
     assert parsed["errors"] == {}
-    assert set(parsed["dags"]) == {"cold_refresh_nightly", "cold_refresh_training", "ranker"}
+    assert set(parsed["dags"]) == {"cold_refresh_nightly", "cold_refresh_training", "cold_refresh_prune", "ranker"}
     assert parsed["engines"] == []
     assert parsed["seconds"] < 10
 
@@ -177,7 +178,7 @@ def test_backfill_creates_a_run_for_each_night(home: AirflowHome) -> None:
 
 
 @pytest.mark.timeout(1200)
-def test_a_training_then_the_night_that_uses_it_then_a_ranker(
+def test_a_training_then_the_night_that_uses_it_then_a_ranker_and_the_pruning(
     home: AirflowHome, small_lake: SmallLake, undisturbed: tuple[SmallLake, Any]
 ) -> None:
     """`dags test D` covers [D - 1, D), so it refreshes with --run-date D; the tables are those of spark-submit."""
@@ -220,3 +221,12 @@ def test_a_training_then_the_night_that_uses_it_then_a_ranker(
     read = home.airflow("dags", "test", "ranker", "--conf", json.dumps({"date": day}), **options)
     assert read.returncode == 0, read.stdout[-8000:]
     assert published["run_id"] in read.stdout
+
+    left = small_lake.lake / "_staging" / "20200101-0123456789ab" / "snapshot" / "half-done"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    os.utime(left, (0, 0))
+    pruned = home.airflow("dags", "test", "cold_refresh_prune", "--conf", json.dumps({"keep_days": 30}), **options)
+    assert pruned.returncode == 0, pruned.stdout[-8000:]
+    assert not left.exists()
+    assert (small_lake.lake / "_artifacts" / "spaces").is_dir()
