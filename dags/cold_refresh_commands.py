@@ -83,13 +83,15 @@ def run_date(params: Mapping[str, Any], data_interval_start: datetime | None, da
 
 
 def _shell(words: Sequence[str]) -> str:
-    """The shell command that runs `words`, each quoted, in the project's folder; stdout comes after everything else."""
+    """The shell command that runs `words`, each quoted, in the project's folder; the last line of stdout comes last of all."""
     # @task.bash renders what it is given as a template: a name from outside must not be one.
     for word in words:
         if "{{" in word or "{%" in word or "{#" in word:
             raise AirflowFailException(f"{word!r} holds template marks")
-    # Airflow takes stdout and stderr as one stream and the last line as the result, and spark-submit logs to the very end.
-    return f"cd {shlex.quote(str(home()))} && out=$({shlex.join(words)}) && printf '%s\\n' \"$out\""
+    # Airflow takes stdout and stderr as one stream and the last line as the result, and spark-submit logs to the very end. What
+    # it writes to stdout, an error's message among it, is shown as it comes.
+    shown = f"{shlex.join(words)} | tee /dev/stderr | tail -n 1"
+    return f"set -o pipefail; cd {shlex.quote(str(home()))} && out=$({shown}) && printf '%s\\n' \"$out\""
 
 
 def python(*words: str) -> str:

@@ -94,7 +94,8 @@ def find(run: Run, night: Night, encoder_version: str, side: Side) -> str:
 
 def _identity(run: Run, cf_version: str, encoder_version: str) -> dict[str, str]:
     conf = allmrec_artifacts.conf_digest(run.settings.allmrec.alignment, run.settings.seed)
-    return {"cf_version": cf_version, "encoder_version": encoder_version, "conf": conf, "definition": _DEFINITION}
+    identity = {"cf_version": cf_version, "encoder_version": encoder_version, "conf": conf, "definition": _DEFINITION}
+    return {**identity, "prompt": run.settings.text.prompt}
 
 
 @dataclass(frozen=True)

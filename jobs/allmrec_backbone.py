@@ -117,7 +117,7 @@ def trained(run: Run, night: Night) -> TrainedSide:
     """
     settings = run.settings.allmrec
     conf = allmrec_artifacts.conf_digest(settings.model, run.settings.seed)
-    identity = {"kind": settings.backbone, "conf": conf}
+    identity = {"kind": settings.backbone, "conf": conf, "data": run.settings.digest("snapshot", "inputs")}
     version = allmrec_artifacts.newest(run, KIND, identity, settings.retrain_days)
     if version is None:
         data = [night.user_ids.to_pylist(), night.item_ids.to_pylist()]

@@ -84,7 +84,9 @@ def load_space(run: Run, version: str) -> Space:
 def conf_digest(settings: Settings, encoder_version: str | None = None) -> str:
     """Hash of the settings and the seed that decide a space; when and on what device it is trained is left out."""
     cf = settings.cf.model_dump(mode="json", exclude={"retrain_days", "device"})
-    body = json.dumps([cf, settings.digest("snapshot", "inputs"), settings.seed, encoder_version], sort_keys=True)
+    made_of = [cf, settings.digest("snapshot", "inputs"), settings.seed, encoder_version]
+    # What of an item is encoded is no part of the encoder.
+    body = json.dumps(made_of if encoder_version is None else [*made_of, settings.text.prompt], sort_keys=True)
     return hashlib.sha256(body.encode()).hexdigest()[:16]
 
 
@@ -160,6 +162,8 @@ def train(run: Run, out: Staging, *, align_to: str | None, sampled: Pairs | None
     if sampled is not None:
         for part in (sampled.users, sampled.items, sampled.weights):
             digest.update(np.ascontiguousarray(part).tobytes())
+        # Of cold items the training digest knows nothing.
+        digest.update(snapshot.facts()["items_digest"].encode())
     version = digest.hexdigest()[:16]
     artifact = run.artifact("spaces", version)
     if artifact.is_complete():

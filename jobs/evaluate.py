@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from jobs import cli, truth
 from jobs.lake import Lake
 from jobs.published import NotPublishedError, Published
-from jobs.run import OUTPUTS, Run, execute, log, parse_run_date
+from jobs.run import OUTPUTS, Run, code_version, execute, log, parse_run_date
 from jobs.settings import Settings
 from jobs.staging import Staging
 from jobs.truth import Catalog, Truth
@@ -251,7 +251,7 @@ def published_run(settings: Settings, run_date: date) -> Run:
     """The latest run of `run_date` that published, with the given settings and its snapshot staged.
 
     Raises:
-        NotPublishedError: there is none.
+        NotPublishedError: there is none, or its snapshot is gone and would be another one with these settings or this code.
     """
     from jobs import snapshot
 
@@ -261,12 +261,17 @@ def published_run(settings: Settings, run_date: date) -> Run:
         raise NotPublishedError(
             f"no run of {run_date} has published in {settings.lake}: run jobs/cold_refresh.py for that date first"
         )
-    if latest["conf_hash"] != settings.digest():
-        log(
-            f"note: run {latest['run_id']} was made with other settings than these; its own data is evaluated with these"
-        )
     pinned = json.loads(latest["input_versions"])
     run = Run(settings, run_date, latest["run_id"], latest["sequence"], pinned, latest["conf_hash"])
+    if (latest["conf_hash"], latest["code_version"]) != (settings.digest(), code_version()):
+        if not run.staging("snapshot").is_complete():
+            raise NotPublishedError(
+                f"the staged snapshot of run {run.run_id} is gone (keep_runs), and to make it again its own settings and code "
+                f"are needed: name the --conf and --set of that night (code {latest['code_version']})"
+            )
+        log(
+            f"note: run {run.run_id} was made with other settings or code than these; its own data is evaluated with these"
+        )
     # Its staged files may have been removed since: the snapshot is made again from the versions that the run pinned.
     execute(run, "snapshot", snapshot.run)
     return run

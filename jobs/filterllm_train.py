@@ -25,7 +25,7 @@ from udfs import filterllm, ray_training, word_map
 from udfs.filterllm import FilterLLM
 from udfs.word_map import WordMap
 
-_DEFINITION = "2"  # raise it when another model comes from the same settings
+_DEFINITION = "3"  # raise it when another model comes from the same settings
 _FILES = ("model.safetensors", "config.json")
 _ADAPTER = ("adapter.safetensors", "adapter.json")
 

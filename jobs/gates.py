@@ -204,9 +204,9 @@ def output_views(run: Run) -> tuple[list[View], dict[str, Any]]:
     users = users.sort_by("user_idx")
     trained = run.artifact("spaces", space["space_version"]).read("users", ["user_id"])
     in_space = gate_views.known(users["user_id"], trained["user_id"])
-    pairs = _staged(snapshot, "training_interactions", ["user_idx", "item_idx"])
     placed = np.zeros(items.num_rows, dtype=bool)
-    placed[pairs["item_idx"].to_numpy()[in_space[pairs["user_idx"].to_numpy()]]] = True
+    for user, item in stranded.pairs(run):
+        placed[item[in_space[user]]] = True
 
     of_strangers = stranded.items(run)
     views = [

@@ -6,10 +6,12 @@ A user's own tables may use any Delta feature (deletion vectors, column mapping,
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from jobs.lake import LakeError
-from jobs.run import Run
+from jobs.run import Run, input_tables
 from jobs.settings import InputTable
 from jobs.spark_session import spark_path
 from schemas.errors import ContractError
@@ -27,6 +29,11 @@ _ACCEPTED = {
 }
 # What Hadoop says of a scheme that it does not know, or whose class is not there.
 _NO_CLIENT = re.compile("FileSystem not found|No FileSystem for scheme")
+# What Delta and Spark say of a version or of files that are not there any more.
+_GONE = re.compile(
+    "DELTA_VERSION_NOT_FOUND|DELTA_NO_REPRODUCIBLE_HISTORY_FOUND|DELTA_VERSIONS_NOT_CONTIGUOUS|DELTA_LOG_FILE_NOT_FOUND"
+    "|DELTA_TIMESTAMP_EARLIER|TRUNCATED_TRANSACTION_LOG|FILE_NOT_EXIST|DELTA_FILE_NOT_FOUND|FileNotFoundException"
+)
 
 
 def _read(spark: SparkSession, run: Run, name: str, source: InputTable, version: int | None) -> DataFrame:
@@ -45,6 +52,8 @@ def _read(spark: SparkSession, run: Run, name: str, source: InputTable, version:
                 f"org.apache.hadoop:hadoop-aws:{hadoop} for S3: `spark-submit --packages`, or spark.jars.packages in "
                 "spark.conf where spark-submit is not used"
             ) from None
+        if _GONE.search(str(error)):
+            raise _gone(name, path, pinned) from error
         raise
     held = {column.lower(): (column, kind) for column, kind in frame.dtypes}
     unknown = sorted(set(source.columns) - {c.name for c in contract.columns})
@@ -71,6 +80,31 @@ def _read(spark: SparkSession, run: Run, name: str, source: InputTable, version:
     return frame.select(*selected)
 
 
+def _gone(name: str, path: str, version: int) -> ContractError:
+    return ContractError(
+        f"table '{name}' at {path} cannot be read at version {version} any more, which this run pinned: its files were "
+        "removed (VACUUM, log clean-up) or it was made anew. Run again: the table is read as it is then. For what reads old "
+        "versions (backfills, a date that is measured later) keep them longer than that: delta.deletedFileRetentionDuration "
+        "and delta.logRetentionDuration"
+    )
+
+
+@contextmanager
+def readable(run: Run) -> Iterator[None]:
+    """Files of a pinned version that turn out to be gone while they are read are a ContractError, as in `interactions`."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ContractError) or not _GONE.search(str(error)):
+            raise
+        for name, table in input_tables(run.settings).items():
+            path = run.lake.path(table)
+            # Relative or absolute, s3 or s3a: the folder's own name is what all have in common.
+            if f"/{path.rstrip('/').rsplit('/', 1)[-1]}/" in str(error):
+                raise _gone(name, path, run.input_versions[name]) from error
+        raise
+
+
 def interactions(spark: SparkSession, run: Run, *, version: int | None = None) -> DataFrame:
     """Events with the columns of schemas/interactions.yaml; optional ones that the table lacks are null.
 
@@ -78,7 +112,7 @@ def interactions(spark: SparkSession, run: Run, *, version: int | None = None) -
         version: Delta version to read; the pinned one by default.
 
     Raises:
-        ContractError: a column is missing or has the wrong type.
+        ContractError: a column is missing or has the wrong type, or the version cannot be read any more.
         LakeError: Spark has no client for the object store.
     """
     return _read(spark, run, "interactions", run.settings.inputs.interactions, version)

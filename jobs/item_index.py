@@ -106,17 +106,27 @@ def export(run: Run, items: pa.Table, users: pa.Table) -> dict[str, Any]:
     if out.is_complete():
         return out.facts()
     out.clear()
-    items = items.sort_by("item_id")
-    users = users.sort_by("user_id")
+    made = _built(run, items, users)
+    out.write_bytes(_FILE, faiss.serialize_index(made.index).tobytes())
+    out.write("ids", pa.table({"item_id": pa.array(made.item_ids, pa.string())}))
+    out.complete(made.facts)
+    return made.facts
+
+
+def _built(run: Run, items: pa.Table, users: pa.Table) -> ItemIndex:
+    items, users = items.sort_by("item_id"), users.sort_by("user_id")
     picked = np.random.Generator(np.random.Philox(run.settings.seed)).permutation(users.num_rows)[:_QUERIES]
     queries = matrix(users.take(pa.array(np.sort(picked))))
     index, facts = build(matrix(items), queries, seed=run.settings.seed)
-    out.write_bytes(_FILE, faiss.serialize_index(index).tobytes())
-    out.write("ids", items.select(["item_id"]))
-    space = items["space_version"][0].as_py()
-    facts = {**facts, "path": out.path(_FILE), "run_id": run.run_id, "space_version": space}
-    out.complete(facts)
-    return facts
+    where = {"path": _folder(run.lake, run.run_id).path(_FILE), "run_id": run.run_id}
+    return ItemIndex(
+        index, items["item_id"].to_pylist(), {**facts, **where, "space_version": items["space_version"][0].as_py()}
+    )
+
+
+def ready(run: Run, items: pa.Table, users: pa.Table) -> ItemIndex:
+    """The index of the published `items` and `users` of `run`: the one it exported, or, where that is gone, the same in memory."""
+    return load(run.lake, run.run_id) if _folder(run.lake, run.run_id).is_complete() else _built(run, items, users)
 
 
 def load(lake: Lake, run_id: str) -> ItemIndex:

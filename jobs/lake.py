@@ -77,6 +77,11 @@ class Lake:
     def version(self, name: str) -> int:
         return self.table(name).version()
 
+    def pin(self, name: str) -> tuple[int, str]:
+        """The newest version, and the table's own id: a table that was made anew begins at version 0 again."""
+        delta = self.table(name)
+        return delta.version(), str(delta.metadata().id)
+
     def read(
         self, name: str, *, columns: list[str] | None = None, version: int | None = None, **partition: Any
     ) -> pa.Table:

@@ -174,7 +174,7 @@ def _stage(run: Run, out: Staging, published_night: Published, row: dict[str, An
         side = learnt = allmrec_backbone.trained(run, night)
     alignment = allmrec_alignment.find(run, night, encoder_version, learnt)
     spoken = allmrec_reader.spoken(run, night, alignment, side)
-    nearest = recommend_users.Nearest(item_index.load(run.lake, published_night.run_id), night)
+    nearest = recommend_users.Nearest(item_index.ready(before, items, users), night)
     chosen = recommend_users.choose(
         night, asked.users, side.users_known, spoken.known, vectors["users"], nearest, asked.candidates
     )

@@ -28,15 +28,23 @@ _TITLE, _TEXT = 160, 400  # characters shown
 
 
 def run(run: Run, out: Staging) -> dict[str, Any]:
-    """Writes report.html into the stage's folder and into the lake, where the newest one is.
+    """Writes report.html into the stage's folder, and the page into the lake.
 
     Returns:
         path (in the lake), bytes.
     """
     page = render(run).encode("utf-8", "replace")
     out.write_bytes(PAGE, page)
-    Staging(run.lake.uri).write_bytes(PAGE, page)
-    return {"path": run.lake.path(PAGE), "bytes": len(page)}
+    return _keep(run, page)
+
+
+def _keep(run: Run, page: bytes) -> dict[str, Any]:
+    """Write the page into the lake: report.html of the newest published date, report-<date>.html of an older one."""
+    rows = run.lake.read("runs", columns=["refresh_date", "stage"]).to_pylist()
+    newer = any(r["stage"] == "publish" and r["refresh_date"] > run.run_date for r in rows)
+    name = f"report-{run.run_date}.html" if newer else PAGE
+    Staging(run.lake.uri).write_bytes(name, page)
+    return {"path": run.lake.path(name), "bytes": len(page)}
 
 
 def render(run: Run) -> str:
@@ -302,10 +310,9 @@ def main(argv: list[str] | None = None) -> int:
 
     def job() -> dict[str, Any]:
         found = published_run(cli.settings(args), parse_run_date(args.run_date))
-        page = render(found).encode("utf-8", "replace")
-        Staging(found.lake.uri).write_bytes(PAGE, page)
-        log(f"the report of {found.run_date} is in {found.lake.path(PAGE)}")
-        return {"run_id": found.run_id, "path": found.lake.path(PAGE), "bytes": len(page)}
+        kept = _keep(found, render(found).encode("utf-8", "replace"))
+        log(f"the report of {found.run_date} is in {kept['path']}")
+        return {"run_id": found.run_id, **kept}
 
     return cli.main(job)
 

@@ -2,7 +2,7 @@
 
 The first row of a run in `runs` (stage `open`) pins the input versions. A run that is started again goes on with that row
 as long as it is not finished, so every stage, in whatever process, reads the same tables. Only where a contract or a gate
-refused what it read, and the tables have been mended since, it is given up for a new one.
+refused what it read, and the tables have been mended since, or where a table was made anew, it is given up for a new one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from importlib.metadata import version
 from typing import Any
@@ -69,6 +69,8 @@ class Run:
     sequence: int
     input_versions: dict[str, int]
     conf_hash: str
+    # Of the input tables.
+    table_ids: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # The id names folders: nothing but this form may reach a path.
@@ -152,25 +154,30 @@ def find_run(settings: Settings, run_date: date, *, training: bool = False) -> t
     """The run of `run_date` to go on with, if there is one, and the new one that would be opened otherwise.
 
     A run is gone on with if it was begun with these settings and this code and its input tables have not changed since, or
-    if it is neither finished nor refused. Training runs and refreshes of a date do not see each other: a refresh that was
-    killed is gone on with although a training run was opened since.
+    if it is neither finished nor refused and none of the tables was made anew. Training runs and refreshes of a date do not
+    see each other: a refresh that was killed is gone on with although a training run was opened since.
 
     Raises:
         jobs.lake.LakeError: an input table is missing.
     """
     lake = Lake(settings.lake, settings.storage_options)
-    current = {name: lake.version(table) for name, table in input_tables(settings).items()}
+    pins = {name: lake.pin(table) for name, table in input_tables(settings).items()}
+    current, ids = {name: pin[0] for name, pin in pins.items()}, {name: pin[1] for name, pin in pins.items()}
+    # Where the date's rows were deleted since, the table still knows how often it was begun. Asked first: what another driver
+    # begins meanwhile is among the rows.
+    (begins,) = lake.sequences("runs", [_app(_opening(training), run_date)])
     existing, sequence = _begun(settings, run_date, training=training)
+    sequence = max(sequence + 1, begins)
+    if existing is not None and existing.table_ids not in ({}, ids):
+        existing = None
     if existing is not None and existing.input_versions != current:
         last = TRAINING_STAGES[-1] if training else STAGES[-1]
         if last in existing.recorded() or existing.refused():
             existing = None
     opening, conf_hash = _opening(training), settings.digest()
-    facts = json.dumps(
-        [opening, run_date.isoformat(), conf_hash, code_version(), current, sequence + 1], sort_keys=True
-    )
+    facts = json.dumps([opening, run_date.isoformat(), conf_hash, code_version(), current, sequence], sort_keys=True)
     run_id = f"{run_date:%Y%m%d}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
-    return existing, Run(settings, run_date, run_id, sequence + 1, current, conf_hash)
+    return existing, Run(settings, run_date, run_id, sequence, current, conf_hash, ids)
 
 
 def begun_run(settings: Settings, run_date: date, *, training: bool = False) -> Run:
@@ -192,6 +199,11 @@ def _opening(training: bool) -> str:
     return "open_training" if training else "open"
 
 
+def _app(opening: str, run_date: date) -> str:
+    """The transaction whose number is the sequence of a date's newest run."""
+    return f"runs/{opening}/{run_date}"
+
+
 def _begun(settings: Settings, run_date: date, *, training: bool) -> tuple[Run | None, int]:
     """The newest run of `run_date` if it was begun with these settings and this code; its sequence either way, 0 for none."""
     rows = Lake(settings.lake, settings.storage_options).read("runs", refresh_date=run_date).to_pylist()
@@ -200,8 +212,9 @@ def _begun(settings: Settings, run_date: date, *, training: bool) -> tuple[Run |
         return None, 0
     if (begun["conf_hash"], begun["code_version"]) != (settings.digest(), code_version()):
         return None, begun["sequence"]
-    pinned = json.loads(begun["input_versions"])
-    return Run(settings, run_date, begun["run_id"], begun["sequence"], pinned, begun["conf_hash"]), begun["sequence"]
+    pinned, ids = json.loads(begun["input_versions"]), json.loads(begun["counts"]).get("table_ids", {})
+    run = Run(settings, run_date, begun["run_id"], begun["sequence"], pinned, begun["conf_hash"], ids)
+    return run, run.sequence
 
 
 def open_run(settings: Settings, run_date: date, *, training: bool = False) -> Run:
@@ -216,9 +229,9 @@ def open_run(settings: Settings, run_date: date, *, training: bool = False) -> R
             return existing
         # Two drivers that start at once agree through this transaction: one row wins, and the other reads it.
         opening = _opening(training)
-        row = _row(new, opening, "started", {}, 0.0, {})
-        app = f"runs/{opening}/{run_date}"
-        new.lake.commit("runs", row, app=app, sequence=new.sequence, lineage={"run_id": new.run_id})
+        row = _row(new, opening, "started", {"table_ids": new.table_ids}, 0.0, {})
+        app, lineage = _app(opening, run_date), {"run_id": new.run_id}
+        new.lake.commit("runs", row, app=app, sequence=new.sequence, lineage=lineage)
 
 
 Stage = Callable[[Run, Staging], dict[str, Any]]

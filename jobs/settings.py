@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from jobs.allmrec_settings import Allmrec
 from jobs.settings_section import Section as _Section
 from schemas.errors import ColdRefreshError
+from udfs.cleaning import template
 from udfs.hashed_words import width_of
 
 
@@ -63,6 +64,12 @@ class Text(_Section):
     batch_tokens: int = Field(8192, ge=64, description="padded tokens a batch")
     dtype: Literal["float32", "bfloat16"] = "float32"
     shard_texts: int = Field(2048, ge=1, description="texts a shard: what a killed run can lose")
+
+    @field_validator("prompt")
+    @classmethod
+    def _names_fields(cls, prompt: str) -> str:
+        template(prompt)
+        return prompt
 
 
 class LLMInit(_Section):
@@ -190,10 +197,16 @@ class Gates(_Section):
     procrustes_residual: float = Field(0.9, gt=0, description="relative, of a new space to the one before")
     rejected_share: float = Field(0.5, gt=0, le=1, description="rejected rows of an input, at most")
 
+    @model_validator(mode="after")
+    def _band(self) -> Gates:
+        if self.norm_low >= self.norm_high:
+            raise ValueError(f"norm_low ({self.norm_low}) must be below norm_high ({self.norm_high})")
+        return self
+
 
 class Evaluate(_Section):
     protocol: Literal["none", "temporal", "random_item"] = "temporal"
-    k: tuple[int, ...] = (20,)
+    k: tuple[Annotated[int, Field(ge=1)], ...] = Field((20,), min_length=1)
     horizon_days: int = Field(
         60, ge=1, description="temporal: truth is what happens within so many days from the run date"
     )
@@ -318,7 +331,10 @@ def _set(body: dict[str, Any], override: str) -> None:
         body = body.setdefault(parent, {})
         if not isinstance(body, dict):
             raise SettingsError(f"--set {override!r}: {parent} is not a section")
-    body[last] = yaml.safe_load(value)
+    try:
+        body[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"--set {override!r}: {value!r} is not YAML, quote it: {error}") from None
 
 
 def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Settings:

@@ -46,9 +46,16 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
         compute from.
 
     Raises:
-        ContractError: a column is missing or has the wrong type, or a table is empty.
+        ContractError: a column is missing or has the wrong type, a table is empty, or its pinned version is gone.
         jobs.gates.GateError: the counts do not reconcile, or too much is rejected.
     """
+    with inputs.readable(run):
+        facts = _stage(run, out)
+    gates.check_inputs(run, out, facts)
+    return facts
+
+
+def _stage(run: Run, out: Staging) -> dict[str, Any]:
     spark = session(run.settings.spark)
     rejected: list[DataFrame] = []
     all_items, all_events = inputs.items(spark, run), inputs.interactions(spark, run)
@@ -88,9 +95,7 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
         together = together.unionByName(more)
     _write(together.coalesce(1), out, "rejected_rows")
     spark.catalog.clearCache()
-    facts = _facts(spark, out, rows_in)
-    gates.check_inputs(run, out, facts)
-    return facts
+    return _facts(spark, out, rows_in)
 
 
 def _trained_pairs(spark: SparkSession, run: Run) -> DataFrame | None:

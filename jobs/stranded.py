@@ -25,14 +25,14 @@ def items(run: Run) -> pa.Array:
     )
     found = np.array(pc.and_(pc.equal(items["label"], "warm"), pc.is_valid(items["text_sha256"]))) & ~in_space
     if found.any():
-        for user, item in _pairs(run):
+        for user, item in pairs(run):
             with_vector[user[in_space[item]]] = True
-        for user, item in _pairs(run):
+        for user, item in pairs(run):
             found[item[with_vector[user]]] = False
     return items["item_id"].filter(pa.array(found)).combine_chunks()
 
 
-def _pairs(run: Run) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def pairs(run: Run) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """user_idx and item_idx of the snapshot's pairs, piece by piece."""
     for batch in run.staging("snapshot").batches("training_interactions", ["user_idx", "item_idx"]):
         yield batch.column("user_idx").to_numpy(), batch.column("item_idx").to_numpy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from scipy import sparse
 from jobs import inputs
 from jobs.run import Run
 from jobs.spark_session import session, spark_path
+from jobs.staging import Staging
 from schemas.errors import ContractError
 from udfs.floors import id_hashes
 from udfs.ranking_metrics import Ints, Task, task
@@ -27,7 +29,7 @@ Pairs = tuple[Ints, Ints]
 class Catalog:
     """Tonight's users [U] and items [I] in the order of their idx, and what is known of them.
 
-    interactions [I] int64 are distinct users; cold [I] bool; history [U, I] bool are the training pairs.
+    interactions [I] int64 are distinct users; cold [I] bool; staged: the snapshot.
     """
 
     user_ids: list[str]
@@ -36,7 +38,14 @@ class Catalog:
     text_sha256: list[str | None]
     interactions: Ints
     cold: np.ndarray
-    history: sparse.csr_array
+    staged: Staging
+
+    @cached_property
+    def history(self) -> sparse.csr_array:
+        """[U, I] bool: the training pairs, read when they are first asked for, which on the night itself nobody does."""
+        pairs = self.staged.read("training_interactions", ["user_idx", "item_idx"])
+        at = (pairs["user_idx"].to_numpy(), pairs["item_idx"].to_numpy())
+        return sparse.csr_array((np.ones(pairs.num_rows, np.bool_), at), shape=(len(self.user_ids), len(self.item_ids)))
 
 
 @dataclass(frozen=True)
@@ -48,15 +57,12 @@ class Truth:
 
 
 def catalog(run: Run) -> Catalog:
-    """The run's snapshot in memory. Raises StagingError if the snapshot is not complete."""
+    """The run's snapshot. Raises StagingError if the snapshot is not complete."""
     staged = run.staging("snapshot")
     staged.facts()
     users = staged.read("users", ["user_id", "user_idx"]).sort_by("user_idx")
     columns = ["item_id", "item_idx", "label", "interactions", "content", "text_sha256"]
     items = staged.read("items_labelled", columns).sort_by("item_idx")
-    pairs = staged.read("training_interactions", ["user_idx", "item_idx"])
-    at = (pairs["user_idx"].to_numpy(), pairs["item_idx"].to_numpy())
-    shape = (users.num_rows, items.num_rows)
     return Catalog(
         user_ids=users["user_id"].to_pylist(),
         item_ids=items["item_id"].to_pylist(),
@@ -64,7 +70,7 @@ def catalog(run: Run) -> Catalog:
         text_sha256=items["text_sha256"].to_pylist(),
         interactions=items["interactions"].to_numpy().astype(np.int64),
         cold=np.array([label == "cold" for label in items["label"].to_pylist()], np.bool_),
-        history=sparse.csr_array((np.ones(pairs.num_rows, np.bool_), at), shape=shape),
+        staged=staged,
     )
 
 
@@ -165,7 +171,9 @@ def _temporal(run: Run, catalog: Catalog, spark: SparkSession, version: int) -> 
         **counts,
     }
     candidates = {"cold": cold, "warm": np.flatnonzero(~catalog.cold)}
-    return _truth(run, catalog, candidates, truths, _history_pairs(catalog), facts)
+    none = np.zeros(0, np.int64)
+    known = _history_pairs(catalog) if table.num_rows else (none, none)
+    return _truth(run, catalog, candidates, truths, known, facts)
 
 
 def _pairs(table: pa.Table) -> Pairs:

@@ -149,7 +149,9 @@ def test_overrides_reach_the_job_as_they_are(home: AirflowHome, tmp_path: Path) 
 def test_a_failed_gate_fails_the_run_and_nothing_after_it_runs(home: AirflowHome, tmp_path: Path) -> None:
     """A script in place of the jobs' Python: it notes what it is asked for, and ends the gates with status 1."""
     script = tmp_path / "python"
-    script.write_text(f'#!/bin/bash\necho "$*" >> {tmp_path}/asked\n[[ "$*" != *"--stage gates"* ]]\n')
+    script.write_text(
+        f'#!/bin/bash\necho "$*" >> {tmp_path}/asked\necho "it said: $*"\n[[ "$*" != *"--stage gates"* ]]\n'
+    )
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     options = {"COLD_REFRESH_PYTHON": str(script), "COLD_REFRESH_CONF": "a b.yaml"}
     conf = json.dumps({"run_date": "2017-11-01"})
@@ -158,6 +160,7 @@ def test_a_failed_gate_fails_the_run_and_nothing_after_it_runs(home: AirflowHome
     asked = (tmp_path / "asked").read_text().splitlines()
     until = STAGES[: STAGES.index("gates") + 1]
     assert asked == [f"-m jobs.cold_refresh --conf a b.yaml --run-date 2017-11-01 --stage {name}" for name in until]
+    assert f"it said: {asked[-1]}" in ended.stdout  # spark-submit hands on an error's message as stdout
     assert _query(home, "SELECT count(*) FROM asset_event") == [(0,)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from deltalake import write_deltalake
+from deltalake import DeltaTable, write_deltalake
 
 from jobs import allmrec_night, recommend, snapshot
 from jobs.run import Run, code_version, execute, open_run
@@ -101,7 +102,8 @@ def test_every_rejected_row_has_a_reason_and_counts_reconcile(spark: Any, tmp_pa
     bad_items = [
         (None, "no id", None, None),
         ("a", "Another A", None, None),
-        ("empty", " ", "", None),
+        ("empty", " ", "\r\n\t\u00a0\ufeff", None),
+        ("\t\u00a0", "Blank", None, None),
         ("future", "Later", None, AFTER),
         ("long", "x" * 10_000_000, None, None),
     ]
@@ -116,6 +118,7 @@ def test_every_rejected_row_has_a_reason_and_counts_reconcile(spark: Any, tmp_pa
     assert reasons["interactions", "u3 a"] == reasons["interactions", "u4 a"] == ("bad_weight", 1)
     assert reasons["items", "a"] == ("duplicate", 1)
     assert reasons["items", "empty"] == ("no_text", 1)
+    assert reasons["items", "\t\u00a0"] == ("null_id", 1)
     assert reasons["items", "long"] == ("text_too_long", 1)
     for name in ("interactions", "items"):
         assert facts["rows_in"][name] == facts["rows_used"][name] + facts["rows_rejected"][name]
@@ -233,8 +236,6 @@ def test_refused_inputs_are_read_anew_when_they_have_been_mended(spark: Any, tmp
         ({"inputs": {"items": {"table": "items", "columns": {"title": "nome"}}}}, "no column 'nome'"),
         ({"inputs": {"interactions": {"table": "interactions", "columns": {"event_time": "weight"}}}}, "is double"),
         ({"inputs": {"interactions": {"table": "none"}}}, "is empty"),
-        ({"text": {"prompt": "{brand}"}}, "names {brand}"),
-        ({"text": {"prompt": "the same for all"}}, "names no field"),
     ],
 )
 def test_inputs_that_cannot_be_used_are_named(spark: Any, tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -267,6 +268,41 @@ def test_an_unreadable_version_is_named(spark: Any, tmp_path: Path) -> None:
         Lake(str(lake), {"AWS_ENDPOINT_URL": "http://store", "timeout": "60s"})
     assert issubclass(LakeError, ColdRefreshError)
     assert issubclass(ContractError, ColdRefreshError)
+
+
+def test_a_pinned_version_that_is_gone_is_given_up(spark: Any, tmp_path: Path) -> None:
+    """Files that were vacuumed, and a table that was made anew: the run says so, and the next one reads what is there."""
+    lake = _lake(tmp_path, GOOD_EVENTS, GOOD_ITEMS)
+    settings = Settings.model_validate({"lake": str(lake)})
+    run = open_run(settings, DAY)
+    write_deltalake(str(lake / "items"), _items(GOOD_ITEMS[:2]), mode="overwrite")
+    DeltaTable(str(lake / "items")).vacuum(0, dry_run=False, enforce_retention_duration=False)
+    with pytest.raises(ContractError, match=r"'items' at .* cannot be read at version 0 any more"):
+        execute(run, "snapshot", snapshot.run)
+    again = open_run(settings, DAY)
+    assert again.run_id != run.run_id
+    assert again.input_versions["items"] > run.input_versions["items"]
+    assert execute(again, "snapshot", snapshot.run)["rows_in"]["items"] == 2
+
+    shutil.rmtree(lake / "interactions")
+    write_deltalake(str(lake / "interactions"), _events(GOOD_EVENTS))
+    anew = open_run(settings, DAY)
+    assert anew.input_versions == again.input_versions
+    assert anew.run_id != again.run_id
+    assert open_run(settings, DAY) == anew
+    stale = replace(anew, input_versions={**anew.input_versions, "items": 99})
+    with pytest.raises(ContractError, match="cannot be read at version 99 any more"):
+        execute(stale, "snapshot", snapshot.run)
+
+
+def test_a_date_whose_rows_were_deleted_is_begun_anew(tmp_path: Path) -> None:
+    lake = _lake(tmp_path, GOOD_EVENTS, GOOD_ITEMS)
+    settings = Settings.model_validate({"lake": str(lake)})
+    first = open_run(settings, DAY)
+    DeltaTable(str(lake / "runs")).delete()
+    second = open_run(settings, DAY)
+    assert (first.sequence, second.sequence) == (1, 2)
+    assert open_run(settings, DAY) == second != first
 
 
 def test_a_snapshot_that_was_removed_is_made_again_for_recommendations(spark: Any, tmp_path: Path) -> None:

@@ -61,6 +61,12 @@ def test_ties_go_to_the_smaller_user_whatever_the_tile():
         assert np.array_equal(top_k(queries, keys, 30, tile=tile).users, order)
 
 
+def test_zeros_of_both_signs_tie():
+    keys = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]])
+    assert top_k(torch.zeros(2, 1), keys, 3).users.tolist() == top_k(-torch.zeros(1, 1), keys, 3).users.tolist() * 2
+    assert top_k(torch.zeros(1, 1), keys, 3).users.tolist() == [[0, 1, 2]]
+
+
 @pytest.mark.parametrize("cuts", [(1500,), (1, 30, 2999)])
 def test_shards_of_the_vocabulary_merge_exactly(case, cuts):
     queries, keys, bias, allowed = case

@@ -64,7 +64,10 @@ class NegativeSampler:
         return self._keys[place] == keys
 
     def __call__(self, users: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """One item for each of `users` [n], and whether it is no positive (False only for users of nearly all items)."""
+        """One item for each of `users` [n], and whether it is no positive.
+
+        Of a user of the share f of all items it is one with probability f**4: then the draws are given up.
+        """
 
         def draw() -> torch.Tensor:
             return torch.randint(self._n_items, users.shape, generator=self._generator, device=users.device)

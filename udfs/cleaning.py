@@ -10,15 +10,13 @@ import string
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
-from schemas.errors import ContractError
-
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame
 
 REJECTED = "table string, key string, reason string, detail string, rows bigint"
 
 REASONS = {
-    "null_id": "the user or item id is null or empty",
+    "null_id": "the user or item id is null, empty or blank",
     "invalid_utf8": "an id or a text holds bytes that are not UTF-8",
     "bad_weight": "the weight is not a finite number above 0",
     "unknown_item": "the item is not in the items table (or was itself rejected)",
@@ -34,6 +32,12 @@ REASONS = {
     "no_candidate": "recommendations were asked for, and every published item is in the history",
     "k_core": "left over with too few others after snapshot.k_core_users and k_core_items",
 }
+
+# SQL's TRIM knows spaces only: not tabs, line ends, no-break spaces or a byte order mark.
+_BLANK = r"\s\p{Z}\p{Cc}\p{Cf}"
+
+#: What a prompt may name of an item; content is title and text.
+FIELDS = ("title", "text", "content")
 
 # Reasons that hold for rows by the million on a good day are counted in one row, not listed.
 SET_ASIDE = ("after_run_date", "before_window", "held_out", "k_core")
@@ -69,32 +73,57 @@ def _is_text(*columns: str) -> Column:
     return valid
 
 
+def _trimmed(column: str) -> Column:
+    """The column without what is blank at its ends; "" for null."""
+    from pyspark.sql import functions as F
+
+    # Every run of blanks is looked at once, from its beginning: a long one costs no more than its length.
+    ends = f"^[{_BLANK}]++|(?<![{_BLANK}])[{_BLANK}]++$"
+    return F.regexp_replace(F.coalesce(F.col(column), F.lit("")), ends, "")
+
+
+def _is_blank(column: str) -> Column:
+    """The column is null, or nothing in it can be seen."""
+    from pyspark.sql import functions as F
+
+    return ~F.coalesce(F.rlike(F.col(column), F.lit(f"[^{_BLANK}]")), F.lit(False))
+
+
+def template(prompt: str) -> list[tuple[str, str | None]]:
+    """The pieces of `prompt`: literal text, and the field of an item that follows it, if any.
+
+    Raises:
+        ValueError: it is no template, names another field than {title}, {text} and {content}, or none.
+    """
+    parts = []
+    for literal, field, form, conversion in string.Formatter().parse(prompt):
+        if field is not None and field not in FIELDS:
+            raise ValueError(f"it names {{{field}}}; an item has {', '.join(f'{{{f}}}' for f in FIELDS)}")
+        if form or conversion:
+            raise ValueError(f"{{{field}}} has a format, which a text has not: write {{{field}}}")
+        parts.append((literal, field))
+    if all(field is None for _, field in parts):
+        raise ValueError(f"{prompt!r} names no field of an item: every item would have the same text")
+    return parts
+
+
 def content(prompt: str) -> Column:
     """What the LLM reads of an item: `prompt` with {title}, {text} and {content} (title and text, one below the other).
 
-    Null if all the fields that the prompt names are empty.
-
-    Raises:
-        ContractError: the prompt names another field.
+    Null if all the fields that the prompt names are empty. Raises as `template`.
     """
     from pyspark.sql import functions as F
 
-    title, text = (F.nullif(F.trim(F.coalesce(F.col(c), F.lit(""))), F.lit("")) for c in ("title", "text"))
+    title, text = (F.nullif(_trimmed(c), F.lit("")) for c in ("title", "text"))
     # Many catalogues repeat the title at the head of the text.
     both = F.when(F.startswith(text, title), text).otherwise(F.concat_ws("\n", title, text))
-    fields = {"title": title, "text": text, "content": both}
+    fields = dict(zip(FIELDS, (title, text, both), strict=True))
     parts, named = [], []
-    for literal, field, _, _ in string.Formatter().parse(prompt):
+    for literal, field in template(prompt):
         parts.append(F.lit(literal))
         if field is not None:
-            if field not in fields:
-                raise ContractError(
-                    f"text.prompt names {{{field}}}; an item has {', '.join(f'{{{f}}}' for f in fields)}"
-                )
             parts.append(F.coalesce(fields[field], F.lit("")))
             named.append(F.nullif(fields[field], F.lit("")).isNotNull())
-    if not named:
-        raise ContractError(f"text.prompt {prompt!r} names no field of an item: every item would have the same text")
     any_field = named[0]
     for more in named[1:]:
         any_field = any_field | more
@@ -111,7 +140,7 @@ def clean_items(items: DataFrame, midnight: datetime, prompt: str, max_text_byte
 
     size = F.coalesce(F.octet_length("title"), F.lit(0)) + F.coalesce(F.octet_length("text"), F.lit(0))
     reason = (
-        F.when(F.coalesce(F.trim("item_id"), F.lit("")) == "", "null_id")
+        F.when(_is_blank("item_id"), "null_id")
         .when(~_is_text("item_id", "title", "text"), "invalid_utf8")
         .when(F.col("created_at") >= F.lit(midnight), "after_run_date")
         .when(size > max_text_bytes, "text_too_long")
@@ -159,7 +188,7 @@ def clean_interactions(
     reason = (
         F.when(F.col("event_time") >= F.lit(midnight), "after_run_date")
         .when(
-            (F.coalesce(F.trim("user_id"), F.lit("")) == "") | (F.coalesce(F.trim("item_id"), F.lit("")) == ""),
+            _is_blank("user_id") | _is_blank("item_id"),
             "null_id",
         )
         .when(~_is_text("user_id", "item_id"), "invalid_utf8")

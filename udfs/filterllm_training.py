@@ -98,7 +98,8 @@ def train(
             attribute `lengths` [n] (tokens of each text) tokens/s are logged.
         log: called with a line an epoch, of the first process only.
         checkpoints: where the state is saved every epoch. If this training's state is there already, training goes on
-            behind it, and ends with the model that an undisturbed one ends with, bit for bit (on the same machine).
+            behind it, and ends with the model that an undisturbed one ends with, bit for bit (on a CPU of the same kind).
+            What `texts` reads is no part of what a state is told by: another folder for other texts.
         group: this process among those that train together, all with the same arguments; alone by default. Without
             dropout and noise the result depends on their number by rounding only.
 
@@ -280,7 +281,7 @@ class _Training:
         return ", ".join(parts)
 
     def _identity(self) -> str:
-        """Hash of what the training is made from: options, model, items, how many processes, and where it begins."""
+        """Hash of what the training is made from, but the texts: options, model, items, processes, and where it begins."""
         digest = hashlib.sha256()
         facts = [
             asdict(self.options),

@@ -49,8 +49,12 @@ class Quality:
 
 
 def validation(items: Items, held: np.ndarray, *, seed: int, batch_size: int, chunk: int, group: Group) -> Validation:
-    """The validation on the items `held` [n] bool, on at most 4,096 of them and 10,000 of their users."""
-    index = np.flatnonzero(held)[:_ITEMS]
+    """The validation on the items `held` [n] bool; of more than 4,096 of them, and of more than 10,000 of their users, on as many
+    that `seed` draws.
+    """
+    index = np.flatnonzero(held)
+    if len(index) > _ITEMS:
+        index = np.sort(np.random.Generator(np.random.Philox(key=[seed, 1])).choice(index, _ITEMS, replace=False))
     indptr, users = (tensor.numpy() for tensor in items.targets(index, torch.device("cpu")))
     among = np.unique(users)
     if len(among) > _USERS:
@@ -95,7 +99,12 @@ def measure(model: FilterLLM, texts: nn.Module, data: Validation) -> Quality:
     mapped = _mapped(model, texts, data)
     losses = _losses(model, mapped, data)
     nll = float(losses.double().mean())
-    return Quality(nll, _ndcg(model, mapped, losses, data) if math.isfinite(nll) else math.nan)
+    if not math.isfinite(nll):
+        return Quality(nll, math.nan)
+    # Which epoch is best must be the same for all workers, whatever their processors make of near ties.
+    ndcg = _ndcg(model, mapped, losses, data) if data.group.rank == 0 else 0.0
+    (shared,) = data.group.add(torch.tensor([ndcg], dtype=torch.float64, device=mapped.device)).tolist()
+    return Quality(nll, shared)
 
 
 @torch.no_grad()

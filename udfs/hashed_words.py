@@ -44,6 +44,8 @@ class HashedWords:
 
         from udfs.text_encoder import readable
 
+        if not len(texts):
+            return np.zeros((0, self.width), np.float32)
         counts = self._hash.transform(readable(text, self._max_tokens) for text in texts)
         counts.data = np.sign(counts.data) * np.log1p(np.abs(counts.data))
         return np.asarray(normalize(counts, copy=False).todense(), np.float32)

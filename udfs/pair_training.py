@@ -65,7 +65,7 @@ def train(
 ) -> tuple[Matrix, Matrix]:
     """Learn embeddings with Adam, all of them in each step.
 
-    The same seed gives the same result on the same kind of device.
+    The same seed gives the same result on a CPU; on a GPU sparse products and sums of gradients add in no fixed order.
 
     Args:
         pairs: users 0 .. n_users - 1 and items 0 .. n_items - 1, each with at least one pair.

@@ -135,7 +135,10 @@ def run(
 
 
 def _work(config: dict[str, Any]) -> tuple[str, Any]:
-    """What every worker runs: ("value", what the task returned) or ("error", what it raised, if that is worth no retry)."""
+    """What every worker runs: ("value", what the task returned), or ("error", what it raised) of a single worker, if that is
+    worth no retry. Of several one may fail alone, and the others would wait for it: then it is raised, and Ray Train tries all
+    of them again.
+    """
     import ray.train
     import ray.train.torch
     import torch
@@ -157,7 +160,7 @@ def _work(config: dict[str, Any]) -> tuple[str, Any]:
             log(f"{group.size} workers on {device.type}; the first has the process id {os.getpid()}")
         return "value", config["task"](*config["arguments"], group=group, device=device, log=log)
     except ColdRefreshError as error:
-        # The same input would raise it again. Only the first worker's value is read.
+        # The same input would raise it again.
         if group.rank == 0 and not local:
             return "error", error
         raise

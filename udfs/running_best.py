@@ -77,7 +77,8 @@ class RunningBest:
 
 def _packed(scores: torch.Tensor, users: torch.Tensor) -> torch.Tensor:
     """int64 whose order is: greater float32 score first, then smaller user."""
-    bits = scores.contiguous().view(torch.int32)
+    # Of the two zeros, which are equal, -0.0 becomes 0.0.
+    bits = (scores + 0.0).contiguous().view(torch.int32)
     # IEEE floats order as sign and magnitude; this makes them order as two's complement.
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
     return ordered * 2**32 + (2**32 - 1 - users)
