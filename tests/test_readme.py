@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import re
 import shlex
 import subprocess
@@ -13,6 +15,8 @@ import pytest
 from jobs.benchmark import allmrec_rows, llminit_rows, quality, systems
 from jobs.benchmark.baselines import BASELINES
 from jobs.benchmark.choice import chosen
+from jobs.benchmark.datasets import DATA_SETS
+from jobs.settings import load
 
 REPOSITORY = Path(__file__).parents[1]
 TEXT = "\n".join((REPOSITORY / name).read_text() for name in ("README.md", "RESULTS.md"))
@@ -50,7 +54,28 @@ def test_every_option_is_known(module: str) -> None:
     mine = [c.split(marker, 1)[1] for c in COMMANDS if f"{marker} " in f"{c} "]
     assert mine
     for option in {option for words in mine for option in re.findall(r"--[a-z-]+", words)}:
-        assert option in shown.stdout, option
+        assert re.search(rf"{option}(?![\w-])", shown.stdout), option
+
+
+BENCHMARKS = [c for c in COMMANDS if re.search(r"-m jobs\.benchmark \w+", c)]
+
+
+@pytest.mark.parametrize("command", BENCHMARKS)
+def test_a_benchmark_understands_its_command(command: str) -> None:
+    subject, *words = shlex.split(command.split("-m jobs.benchmark ", 1)[1])
+    parser = argparse.ArgumentParser()
+    module = importlib.import_module(f"jobs.benchmark.{subject}")
+    module.add_arguments(parser)
+    args = parser.parse_args(words)
+    for name in getattr(args, "dataset", []) if getattr(args, "overrides", []) else []:
+        load(REPOSITORY / DATA_SETS[name].conf, [*(llminit_rows.BASE if subject == "llminit" else ()), *args.overrides])
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "--conf" in c])
+def test_the_settings_of_a_command_are_known(command: str) -> None:
+    words = shlex.split(command)
+    given = [words[at + 1] for at, word in enumerate(words) if word == "--set"]
+    load(REPOSITORY / words[words.index("--conf") + 1], given)
 
 
 ROWS = {

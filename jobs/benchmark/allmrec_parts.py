@@ -158,7 +158,7 @@ class Parts:
         data = Pairs(pairs[:, 0], pairs[:, 1], np.ones(len(pairs), np.float32))
         if options.backbone == "als_cg":
             return cf_model.fit("als_cg", data, *sizes, CfParams(options.dimension, device="cpu"), self.seed)
-        # As in the LLMInit benchmark.
+        # Not tuned here: the patience decides how long.
         params = CfParams(options.dimension, options.cf_epochs, learning_rate=0.002, batch_size=2048, device="cpu")
         best: list[Any] = [-1.0, 0, None]
 

@@ -41,7 +41,9 @@ def tfidf_ridge(night: Measured) -> np.ndarray:
         model.fit(systems.texts[warm], systems.items[warm])
         return np.asarray(model.predict(systems.texts[catalog.cold]), np.float32)
 
-    return _tuned(night, {ridge: fitted(ridge) for ridge in _RIDGES}, "tfidf_ridge")
+    # Where nothing can be tuned by, what the night's own map of words has.
+    ridges = _RIDGES if "val" in night.parts else (night.run.settings.filterllm.word_ridge,)
+    return _tuned(night, {ridge: fitted(ridge) for ridge in ridges}, "tfidf_ridge")
 
 
 def released(night: Measured) -> np.ndarray:
@@ -105,8 +107,9 @@ def _tuned(night: Measured, options: dict[float, np.ndarray], name: str) -> np.n
     """
     if "val" not in night.parts:
         return next(iter(options.values()))
+    metric = f"overall ndcg@{night.run.settings.evaluate.k[0]}"
     scores = {
-        (key, length): night.vectors("val", vectors * np.float32(length)).get("overall ndcg@20", 0.0)
+        (key, length): night.vectors("val", vectors * np.float32(length))[metric]
         for key, vectors in options.items()
         for length in _LENGTHS
     }

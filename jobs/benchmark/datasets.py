@@ -7,6 +7,7 @@ split; the Amazon sets are split by items with SPLIT_SEED (udfs/splits.py), Comp
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from datetime import date
@@ -65,19 +66,32 @@ def lake_of(data: DataSet, work: Path) -> str:
     """The lake of `data` under `work`; ingested if it is not there yet.
 
     Raises:
-        ColdRefreshError: the data set's files are not there, or cannot be read.
+        ColdRefreshError: the data set's files are not there, cannot be read, or are others than the lake was made of.
     """
-    lake = Lake(str(work / data.name), {})
+    lake, made_of = Lake(str(work / data.name), {}), work / f"{data.name}.sha256"
     if data.name == "complete-journey":
         name, request = data.name, Request()
     elif data.name == "citeulike-a":
         name, request = "citeulike", Request(source=data_folder(data.name))
     else:
         name, request = "parquet", Request(source=data_folder(data.name), split=_split(data, work))
+    digest = "" if request.source is None else _digest(request.source)
+    if made_of.exists() and made_of.read_text() != digest:
+        raise ColdRefreshError(f"{lake.uri} was made of another {data.name} than {request.source}: name another --work")
     if not lake.exists("interactions"):
         log(f"[benchmark] reading {data.name} into {lake.uri}")
         ingest(name, request, lake)
+    made_of.write_text(digest)
     return lake.uri
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.parquet")):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _split(data: DataSet, work: Path) -> Path:

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for row in _wanted(names, encoders, name):
             found[row.name] = _row(row, data, lake, args, encoders, work)
         results[name] = found
-        tables.append(_table(data, conf.load(data.conf).evaluate.k[0], found, args.seeds))
+        tables.append(_table(data, found, args))
     return {"tables": tables, "results": results}
 
 
@@ -108,15 +108,15 @@ def _brief(one: dict[str, Any]) -> str:
     return "; ".join(f"{p} " + " ".join(f"{k} {v:.4f}" for k, v in one[p].items() if "ndcg" in k) for p in parts)
 
 
-def _table(data: DataSet, k: int, found: dict[str, list[dict[str, Any]]], seeds: list[int]) -> dict[str, Any]:
-    rows = []
+def _table(data: DataSet, found: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> dict[str, Any]:
+    rows, k = [], conf.load(data.conf, args.overrides).evaluate.k[0]
     columns = [f"{split} {metric}" for metric in (f"ndcg@{k}", f"recall@{k}") for split in _SPLITS]
     columns.append(f"distribution ndcg@{k}")
     for name, seeded in found.items():
         cells = [[one["test"][column] for one in seeded if column in one["test"]] for column in columns]
         rows.append([name, *(mean_and_spread(values) or None for values in cells)])
     note = (
-        f"Test part, {data.conf}, seeds {seeds}; mean ± standard deviation. The row FilterLLM is the conf as it stands, those "
-        "below it change what they name."
+        f"Test part, {' '.join([data.conf, *args.overrides])}, run date {data.run_date}, seeds {args.seeds}; mean ± standard "
+        "deviation. The row FilterLLM is that as it stands, those below it change what they name."
     )
     return table(f"Quality on {data.name}", ["method", *columns], rows, note)

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             for system in chosen(args.rows, list(SYSTEMS))
         }
         results[name] = found
-        tables.append(_table(data, found, args.seeds))
+        tables.append(_table(data, found, args))
     return {"tables": tables, "results": results}
 
 
@@ -135,8 +135,8 @@ class PeakOfChildren:
             self.bytes = max(self.bytes, held)
 
 
-def _table(data: DataSet, found: dict[str, list[dict[str, Any]]], seeds: list[int]) -> dict[str, Any]:
-    k = conf.load(data.conf).evaluate.k[0]
+def _table(data: DataSet, found: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> dict[str, Any]:
+    k = conf.load(data.conf, args.overrides).evaluate.k[0]
     splits = [f"{split} ndcg@{k}" for split in ("overall", "cold", "warm")]
     columns = ["system", *splits, "text, s", "CF, s", "placing cold items, s", "CF, GiB", "placing, GiB"]
     rows: list[list[Any]] = []
@@ -160,7 +160,8 @@ def _table(data: DataSet, found: dict[str, list[dict[str, Any]]], seeds: list[in
             ]
         )
     note = (
-        f"Test part, {data.conf}, seeds {seeds}; mean ± standard deviation. Seconds and memory of whole stages, the start of "
-        "their processes in memory but not in seconds. LLMInit's own training is its CF; A-LLMRec's is in placing."
+        f"Test part, {' '.join([data.conf, *args.overrides])}, seeds {args.seeds}; mean ± standard deviation. Seconds and memory "
+        "of whole stages, the start of their processes in memory but not in seconds. LLMInit's own training is its CF; "
+        "A-LLMRec's is in placing."
     )
     return table(f"The systems on {data.name}", columns, rows, note)
