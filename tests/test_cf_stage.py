@@ -172,3 +172,9 @@ def test_nothing_is_shared_with_the_space_before(tmp_path: Path) -> None:
     renamed = {(f"new-{u}", f"new-{i}"): w for (u, i), w in blocks().items()}
     facts = _stage(run_of(tmp_path, date(2026, 4, 1), cf=BPR), renamed)
     assert (facts["trained"], facts["aligned_to"], facts["residual"]) == (True, None, None)
+
+
+def test_what_of_an_item_is_encoded_decides_a_space_that_begins_at_texts_only(tmp_path: Path) -> None:
+    one, other = (run_of(tmp_path, DAY, text={"prompt": prompt}).settings for prompt in ("{title}", "{content}"))
+    assert cf.conf_digest(one) == cf.conf_digest(other)
+    assert cf.conf_digest(one, "encoder") != cf.conf_digest(other, "encoder")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -263,6 +265,19 @@ def test_the_index_of_a_small_catalogue_is_exact_and_beside_the_tables(tmp_path:
         item_index.load(run.lake, run.run_id)
 
 
+def test_an_index_that_is_gone_is_made_again_in_memory(tmp_path: Path) -> None:
+    run = gated(tmp_path)
+    execute(run, "publish", publish.run)
+    there = published.latest(run.lake)
+    tables = there.item_embeddings(), there.user_embeddings()
+    kept = item_index.ready(run, *tables)
+    shutil.rmtree(tmp_path / "_index")
+    made = item_index.ready(run, *tables)
+    assert (made.item_ids, made.facts) == (kept.item_ids, kept.facts)
+    assert faiss.serialize_index(made.index).tobytes() == faiss.serialize_index(kept.index).tobytes()
+    assert not (tmp_path / "_index").exists()
+
+
 def test_of_finished_nights_the_newest_keep_their_staged_files_and_index(tmp_path: Path) -> None:
     days = [night.RUN_DATE + timedelta(days=n) for n in range(4)]
     runs = [gated(tmp_path, run_date=day) for day in days]
@@ -279,8 +294,6 @@ def test_of_finished_nights_the_newest_keep_their_staged_files_and_index(tmp_pat
 
 
 def test_a_large_catalogue_gets_inverted_lists_with_measured_recall() -> None:
-    import faiss
-
     vectors, queries = _clustered(6000, 1), _clustered(100, 2)
     index, facts = item_index.build(vectors, queries, seed=7, exact_below=5000)
     again, _ = item_index.build(vectors, queries, seed=7, exact_below=5000)

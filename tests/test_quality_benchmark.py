@@ -6,18 +6,24 @@ import argparse
 import importlib
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
-from jobs.benchmark import llminit, llminit_rows, quality, systems
+from jobs.benchmark import baselines, llminit, llminit_rows, quality, systems
 from jobs.benchmark.datasets import DataSet
 from jobs.benchmark.quality_rows import ROWS, overrides
 from jobs.lake import Lake
 from jobs.settings import load
 from schemas.errors import ColdRefreshError
-from tests.small_lake import SmallLake
+from tests.small_lake import RUN_DATE, SmallLake, build, tables
+from udfs import splits
 
 ROW_NAMES = ["FilterLLM", "random", "popularity", "CF on warm", "TF-IDF"]
 
@@ -60,6 +66,56 @@ def test_the_figures_are_those_of_the_night(
         quality.run(args)
 
 
+def test_a_split_by_items_is_tuned_on_its_validation_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spark: Any
+) -> None:
+    """As the Amazon sets: a folder of the data folder, split by the benchmark itself."""
+    folder = tmp_path / "data" / "shop"
+    folder.mkdir(parents=True)
+    for name, table in zip(("interactions", "items"), tables(), strict=True):
+        pq.write_table(table, folder / f"{name}.parquet")
+    evaluate = {"protocol": "random_item", "k": [5], "bootstrap": 0}
+    conf = build(tmp_path / "conf", evaluate=evaluate, snapshot={"split": {"table": "split", "train": ["train"]}}).conf
+    shop = DataSet("shop", str(conf), RUN_DATE + timedelta(days=30))
+    monkeypatch.setattr(quality, "DATA_SETS", {"shop": shop})
+    monkeypatch.setenv("COLD_REFRESH_DATA", str(folder.parent))
+    args = argparse.Namespace(
+        dataset=["shop"], seeds=[3], rows=["FilterLLM", "random", "CF on", "TF-IDF"],
+        encoder=[], overrides=[], run_date=None, work=str(tmp_path / "work"),
+    )  # fmt: skip
+    found = {name: one[0] for name, one in quality.run(args)["results"]["shop"].items()}
+    for part in ("val", "test"):
+        assert found["CF on warm items only"][part]["cold ndcg@5"] == 0.0
+        for row in ("FilterLLM", "TF-IDF ridge to the CF space"):
+            assert found[row][part]["cold ndcg@5"] > found["random"][part]["cold ndcg@5"] + 0.2
+        assert found["FilterLLM"][part]["warm ndcg@5"] == found["CF on warm items only"][part]["warm ndcg@5"]
+
+    split = pd.read_parquet(tmp_path / "work" / "shop-split.parquet")
+    night = quality.measure(shop, str(tmp_path / "work" / "shop"), 3, [])
+    for part in ("val", "test"):
+        task = night.parts[part].tasks["cold"]
+        asked = {night.catalog.item_ids[task.candidates[place]] for place in task.truth.tocoo().col}
+        assert asked == set(split.loc[split["part"] == f"cold_{part}", "item_id"])
+
+    pq.write_table(tables(seed=12)[0], folder / "interactions.parquet")
+    with pytest.raises(ColdRefreshError, match=r"was made of another shop than .*: name another --work"):
+        quality.run(args)
+
+
+def test_what_is_best_on_the_validation_part_is_taken() -> None:
+    asked: list[str] = []
+
+    def vectors(part: str, given: Any) -> dict[str, float]:
+        asked.append(part)
+        return {"overall ndcg@10": -abs(float(given[0, 0]) - 3.2), "overall ndcg@20": 0.0}
+
+    settings = SimpleNamespace(evaluate=SimpleNamespace(k=(10,)))
+    night: Any = SimpleNamespace(parts={"test": 0, "val": 0}, vectors=vectors, run=SimpleNamespace(settings=settings))
+    options = {value: np.full((2, 2), value, np.float32) for value in (1.0, 2.0, 10.0)}
+    assert baselines._tuned(night, options, "x")[0, 0] == pytest.approx(3.2)  # 2 with 1.6 times the length
+    assert set(asked) == {"val"}
+
+
 def test_the_systems_cost_what_their_stages_cost(
     undisturbed: tuple[SmallLake, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spark: Any
 ) -> None:
@@ -95,6 +151,27 @@ def test_the_memory_of_processes_below_this_one_is_seen() -> None:
 @pytest.mark.parametrize("system", systems.SYSTEMS)
 def test_every_system_is_a_row(system: str) -> None:
     assert systems.SYSTEMS[system][0] in [row.name for row in ROWS]
+
+
+def test_llminit_masks_all_that_a_user_had_otherwise() -> None:
+    rng = np.random.default_rng(0)
+    pairs = pd.DataFrame({"user_id": rng.integers(0, 60, 900), "item_id": rng.integers(0, 80, 900)}).astype(str)
+    pairs = pairs.drop_duplicates()
+    ids = {name: sorted(pairs[name].unique()) for name in ("user_id", "item_id")}
+    source: Any = SimpleNamespace(pairs=pairs, user_ids=ids["user_id"], item_ids=ids["item_id"])
+    split = splits.cold_users(splits.leave_one_out(pairs, 3).assign(group="all"), 3)
+    assert (split["part"] == "removed").any()
+    division = llminit.divide(source, "cold_users", 3)
+    assert len(division.train.users) == (split["part"] == "train").sum()
+    for (part, group), one in division.tasks.items():
+        truth, masked = one.truth.tocsr(), one.masked.tocsr()
+        for row, user in enumerate(one.users):
+            own = split[split["user_id"] == ids["user_id"][user]]
+            assert set(own["group"]) == {group}
+            asked = own["part"] == part
+            for matrix, rows in ((truth, own[asked]), (masked, own[~asked])):
+                found = {ids["item_id"][one.candidates[place]] for place in matrix[[row]].indices}
+                assert found == set(rows["item_id"])
 
 
 def test_llminit_rows_are_measured_on_a_lake(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from datetime import timedelta
 from html.parser import HTMLParser
 
@@ -220,6 +221,19 @@ def test_the_page_is_the_same_bytes_again(tmp_path, capsys):
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary["run_id"] == run.run_id
     assert (tmp_path / "lake" / "report.html").read_text() == first
+
+
+def test_an_older_date_leaves_the_newest_page(tmp_path, capsys):
+    run, conf = night(tmp_path)
+    first = report.run(run, run.staging("report"))
+    later = replace(
+        run, run_date=RUN_DATE + timedelta(days=1), run_id=f"{RUN_DATE + timedelta(days=1):%Y%m%d}-{1:012x}"
+    )
+    later.record("publish", {}, 0.0, {})
+    assert report.main(["--conf", str(conf), "--run-date", str(RUN_DATE)]) == 0
+    old = tmp_path / "lake" / f"report-{RUN_DATE}.html"
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["path"] == str(old) != first["path"]
+    assert old.read_text() == (tmp_path / "lake" / "report.html").read_text()
 
 
 def test_a_night_without_cold_items_metrics_or_rejected_rows(tmp_path):
