@@ -87,7 +87,7 @@ def test_every_row_is_measured_once(
     titles = [table["title"] for table in result["tables"]]
     assert titles == [f"A-LLMRec on amazon-games: {metric} among 20" for metric in allmrec_cells.METRICS]
     # What rows share is trained once, and what distinguishes them is not shared.
-    assert parts(tmp_path) == {"backbone": 6, "alignment": 13, "tuned": 12, "reader": 18}
+    assert parts(tmp_path) == {"backbone": 6, "alignment": 13, "tuned": 12, "reader": 19}
 
     monkeypatch.setattr(allmrec, "cell", lambda *given: pytest.fail("measured again"))
     assert allmrec.run(args) == result
@@ -116,7 +116,7 @@ def test_every_row_is_measured_once(
         for one in seeded[0].values():
             check(one)
     # Another domain needs no training.
-    assert parts(tmp_path) == {"backbone": 7, "alignment": 14, "tuned": 13, "reader": 19}
+    assert parts(tmp_path) == {"backbone": 7, "alignment": 14, "tuned": 13, "reader": 20}
 
 
 def parts(work: Path) -> dict[str, int]:
@@ -170,6 +170,29 @@ def test_what_is_asked(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     another = allmrec_data.divide(data, 16, 8, 0, 5)
     assert (another.split.train.indptr != few.split.train.indptr).any()
     np.testing.assert_array_equal(another.asked.candidates, few.asked.candidates)
+
+
+def test_what_is_trained_finds_the_topic_and_each_weight_is_of_its_own_score(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLD_REFRESH_DATA", str(shop))
+    data = allmrec_data.read("amazon-beauty")
+    division = allmrec_data.divide(data, None, 7, 0, 5)
+
+    def figures(ranker: Any) -> dict[str, float]:
+        options = Options(
+            ranker=ranker, tuned=False, dimension=16, cf_epochs=60, alignment_epochs=60, text_model=str(shop / "llm")
+        )
+        found = allmrec_cells.cell(options, tmp_path, data, division, 7, "all", None)
+        assert found is not None
+        return found["figures"]
+
+    floor = figures("random")["all NDCG@10"]
+    for ranker in ("backbone", "stage 1", "stage 1 with text"):
+        assert figures(ranker)["all NDCG@10"] > floor + 0.2, ranker
+    for alone, weights in (("stage 1", [1.0, 0.0]), ("text", [0.0, 1.0])):
+        monkeypatch.setattr(allmrec_cells.conditional_logit, "fit", lambda scores, weights=weights: np.array(weights))
+        assert figures("stage 1 with text") == figures(alone)
 
 
 @pytest.mark.parametrize("model", ["llm", "words", "llm+words-128"])

@@ -72,6 +72,23 @@ print("\\n" + json.dumps([
 """
 
 
+_NIGHTS = """
+import json, sys
+from types import SimpleNamespace as Event
+sys.path.append(sys.argv[1])
+from airflow.dag_processing.dagbag import DagBag
+nights = DagBag(sys.argv[1]).dags["ranker"].get_task("nights").python_callable
+def ask(*extras, date=None):
+    events = {"an asset": [Event(extra=extra) for extra in extras]}
+    try:
+        return nights(params={"date": date, "lake": None}, triggering_asset_events=events)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+one, two = ({"date": day, "lake": "s3://shop", "version": 3} for day in ("2026-03-02", "2026-03-01"))
+print("\\n" + json.dumps([ask(one, two, one), ask(one, {}), ask({}), ask(), ask(one, date="2017-11-01")]))
+"""
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> AirflowHome:
     return airflow_home.make(tmp_path_factory.mktemp("airflow"))
@@ -127,6 +144,15 @@ def test_the_run_date_is_the_day_on_which_the_interval_ends(home: AirflowHome) -
     assert found[:4] == ["2026-03-01", "2026-03-02", "2026-02-28", "2017-11-01"]
     assert found[4] == "AirflowFailException: this run has no data interval: trigger it with the parameter run_date"
     assert all("is no date; expected YYYY-MM-DD" in error for error in found[5:])
+
+
+def test_the_ranker_reads_each_night_that_the_events_name_once(home: AirflowHome) -> None:
+    found = _last_json(home.run(sys.executable, "-c", _NIGHTS, str(ROOT / "dags"), COLD_REFRESH_LAKE="s3://mine"))
+    assert found[0] == [["s3://shop", "2026-03-01"], ["s3://shop", "2026-03-02"]]
+    assert found[1] == [["s3://shop", "2026-03-02"]]
+    nothing = "AirflowFailException: no asset event names a date and a lake: trigger with the parameter date"
+    assert found[2:4] == [nothing, nothing]
+    assert found[4] == [["s3://mine", "2017-11-01"]]
 
 
 def test_overrides_reach_the_job_as_they_are(home: AirflowHome, tmp_path: Path) -> None:
