@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import types
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from jobs.benchmark import __main__ as command
-from jobs.benchmark import scoring_speed, training_speed
-from jobs.benchmark.measure import interleaved, peak_memory
+from jobs.benchmark import encoding_speed, lightgcn, scoring_speed, training_speed
+from jobs.benchmark.measure import fresh, interleaved, peak_memory
 from jobs.benchmark.table import best_and_spread, markdown, mean_and_spread, table
+from schemas.errors import ColdRefreshError
+from udfs.cf_inputs import CfParams
+from udfs.splits import leave_one_out
 
 
 def test_tables_in_markdown():
@@ -55,6 +61,37 @@ def test_what_is_compared_gives_the_same():
     assert all(len(seconds) == 1 for seconds in found["seconds"].values())
     found = training_speed.times([training_speed.TILED, training_speed.DENSE], users=3000, items=32, seed=0, repeats=1)
     assert found["difference"] < 1e-5
+
+
+def test_encoders_that_are_compared_give_the_same_vectors():
+    found = encoding_speed._measure(
+        "minilm", [f"{size} cup for {drink}" for size in ("a", "a large") for drink in ("tea", "milk")]
+    )
+    differ = found["differ"]
+    assert max(differ[encoding_speed.ST], differ[encoding_speed.PLAIN]) < 1e-4
+    assert 0 < differ[encoding_speed.OURS_BF16] < 0.05
+    assert set(found["seconds"]) == set(differ)
+
+
+def test_a_process_of_its_own_says_what_a_function_gives_or_fails_with_it():
+    given = {"users": 2000, "items": 16, "seed": 0}
+    assert fresh("training_speed", "memory", name=training_speed.DENSE, **given) >= 0
+    with pytest.raises(ColdRefreshError):
+        fresh("training_speed", "no_such_function", **given)
+
+
+def test_lightgcn_is_trained_and_measured_as_recboles_is():
+    rng = np.random.default_rng(0)
+    pairs = pd.DataFrame({"user_id": np.repeat(np.arange(60), 8), "item_id": 0})
+    pairs["item_id"] = pairs["user_id"] % 3 + 3 * rng.integers(
+        0, 15, len(pairs)
+    )  # a user stays with a third of the items
+    split = leave_one_out(pairs.drop_duplicates().astype(str), 7)
+    params = CfParams(dimension=16, epochs=40, batch_size=64, layers=2, learning_rate=0.01, device="cpu")
+    seconds, users, items, ids = lightgcn._ours(split, params, argparse.Namespace(seed=7))
+    assert len(seconds) == 40
+    chance = lightgcn._ndcg(split, rng.normal(size=users.shape), rng.normal(size=items.shape), ids, 7)
+    assert lightgcn._ndcg(split, users, items, ids, 7) > chance + 0.1
 
 
 def test_measuring():
