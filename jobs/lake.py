@@ -77,9 +77,13 @@ class Lake:
     def version(self, name: str) -> int:
         return self.table(name).version()
 
-    def pin(self, name: str) -> tuple[int, str]:
-        """The newest version, and the table's own id: a table that was made anew begins at version 0 again."""
-        delta = self.table(name)
+    def pin(self, name: str, version: int | None = None) -> tuple[int, str]:
+        """The newest version, or the given one, and the table's id at it: a table that was made anew begins at version 0 again.
+
+        Raises:
+            LakeError: as `table`.
+        """
+        delta = self.table(name, version)
         return delta.version(), str(delta.metadata().id)
 
     def read(

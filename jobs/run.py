@@ -2,7 +2,8 @@
 
 The first row of a run in `runs` (stage `open`) pins the input versions. A run that is started again goes on with that row
 as long as it is not finished, so every stage, in whatever process, reads the same tables. Only where a contract or a gate
-refused what it read, and the tables have been mended since, or where a table was made anew, it is given up for a new one.
+refused what it read, and the tables have been mended since, or where a pinned version is not there any more (cleaned up, or of
+a table that was made anew), it is given up for a new one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from jobs.lake import Lake
+from jobs.lake import Lake, LakeError
 from jobs.settings import Settings, SettingsError
 from jobs.staging import Staging
 from schemas.errors import ColdRefreshError, ContractError
@@ -69,7 +70,7 @@ class Run:
     sequence: int
     input_versions: dict[str, int]
     conf_hash: str
-    # Of the input tables.
+    # Of the input tables; none are known of a run that was begun before ids were kept.
     table_ids: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -154,8 +155,8 @@ def find_run(settings: Settings, run_date: date, *, training: bool = False) -> t
     """The run of `run_date` to go on with, if there is one, and the new one that would be opened otherwise.
 
     A run is gone on with if it was begun with these settings and this code and its input tables have not changed since, or
-    if it is neither finished nor refused and none of the tables was made anew. Training runs and refreshes of a date do not
-    see each other: a refresh that was killed is gone on with although a training run was opened since.
+    if it is neither finished nor refused and the versions that it pinned are there still. Training runs and refreshes of a
+    date do not see each other: a refresh that was killed is gone on with although a training run was opened since.
 
     Raises:
         jobs.lake.LakeError: an input table is missing.
@@ -168,16 +169,24 @@ def find_run(settings: Settings, run_date: date, *, training: bool = False) -> t
     (begins,) = lake.sequences("runs", [_app(_opening(training), run_date)])
     existing, sequence = _begun(settings, run_date, training=training)
     sequence = max(sequence + 1, begins)
-    if existing is not None and existing.table_ids not in ({}, ids):
-        existing = None
-    if existing is not None and existing.input_versions != current:
+    if existing is not None and (existing.input_versions, existing.table_ids or ids) != (current, ids):
         last = TRAINING_STAGES[-1] if training else STAGES[-1]
-        if last in existing.recorded() or existing.refused():
+        if last in existing.recorded() or existing.refused() or not _pinned(existing):
             existing = None
     opening, conf_hash = _opening(training), settings.digest()
     facts = json.dumps([opening, run_date.isoformat(), conf_hash, code_version(), current, sequence], sort_keys=True)
     run_id = f"{run_date:%Y%m%d}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
     return existing, Run(settings, run_date, run_id, sequence, current, conf_hash, ids)
+
+
+def _pinned(run: Run) -> bool:
+    """The versions that the run pinned can be read, and are of the tables that they were of."""
+    tables = input_tables(run.settings)
+    try:
+        pins = {name: run.lake.pin(tables[name], version)[1] for name, version in run.input_versions.items()}
+    except LakeError:
+        return False
+    return pins == (run.table_ids or pins)
 
 
 def begun_run(settings: Settings, run_date: date, *, training: bool = False) -> Run:
