@@ -76,7 +76,8 @@ def snapshot(
         ],
     )
     digest = hashlib.sha256(repr(sorted(pairs.items())).encode()).hexdigest()
-    out.complete({"training_digest": digest, "pairs": len(pairs)})
+    of_items = hashlib.sha256(repr(sorted(labels.items())).encode()).hexdigest()
+    out.complete({"training_digest": digest, "items_digest": of_items, "pairs": len(pairs)})
     if texts:
         vectors = pa.array(list(texts.values()), pa.list_(pa.float32()))
         rows = {"text_sha256": [f"sha-{x}" for x in texts], "model_version": ["encoder"] * len(texts)}
