@@ -304,12 +304,8 @@ def test_each_broken_rule_of_the_inputs_is_named(
     tmp_path: Path, table: str, change: Break, rule: str, shown: str
 ) -> None:
     run, out, facts = _snapshot(tmp_path, {table: change})
-    failures = [
-        line
-        for name in {table, "rejected_rows"}
-        for line in _failures(name, *gates.input_views(run, out, facts), run)
-        if rule in line
-    ]
+    views = gates.input_views(run, out, facts)
+    failures = [line for name in {table, "rejected_rows"} for line in _failures(name, *views, run) if rule in line]
     assert any(shown in line for line in failures), failures
 
 

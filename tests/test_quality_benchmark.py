@@ -233,6 +233,8 @@ def test_the_curve_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "protocols": ["all"],
         "curve": [32, 64],
         "encoder": [],
+        "patience": 10,
+        "look": 2,
     }
     args = argparse.Namespace(**given, overrides=[], work=str(tmp_path), out=str(tmp_path))
     result = llminit.run(args)
