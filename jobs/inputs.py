@@ -32,7 +32,7 @@ _NO_CLIENT = re.compile("FileSystem not found|No FileSystem for scheme")
 # What Delta and Spark say of a version or of files that are not there any more.
 _GONE = re.compile(
     "DELTA_VERSION_NOT_FOUND|DELTA_NO_REPRODUCIBLE_HISTORY_FOUND|DELTA_VERSIONS_NOT_CONTIGUOUS|DELTA_LOG_FILE_NOT_FOUND"
-    "|DELTA_TIMESTAMP_EARLIER|TRUNCATED_TRANSACTION_LOG|FILE_NOT_EXIST|DELTA_FILE_NOT_FOUND|FileNotFoundException"
+    "|TRUNCATED_TRANSACTION_LOG|FILE_NOT_EXIST|DELTA_FILE_NOT_FOUND|FileNotFoundException"
 )
 
 
