@@ -53,9 +53,12 @@ def run(conf: Path, run_date: object, *more: str) -> subprocess.CompletedProcess
 
 
 def kill_at(conf: Path, run_date: object, stage: str, delay: float) -> None:
-    """Run a night and kill it, with everything it started, `delay` seconds after `stage` began."""
+    """Run a night and kill it, with everything it started, `delay` seconds after `stage` began.
+
+    Without spark-submit, so that Java starts only where a stage needs Spark.
+    """
     process = subprocess.Popen(
-        command(conf, run_date),
+        [sys.executable, "-m", "jobs.cold_refresh", "--conf", str(conf), "--run-date", str(run_date)],
         cwd=REPOSITORY,
         env=environment(),
         stdout=subprocess.PIPE,
