@@ -99,18 +99,22 @@ def python(*words: str) -> str:
     return _shell([os.environ.get("COLD_REFRESH_PYTHON") or str(home() / ".venv/bin/python"), *words])
 
 
-def stage(name: str, day: str, *flags: str) -> str:
-    """The shell command that runs one stage of the run of `day`."""
-    words = ["--conf", os.environ.get("COLD_REFRESH_CONF") or "conf/demo.yaml", "--run-date", day, *flags]
+def job(name: str, *flags: str) -> str:
+    """The shell command that runs the job `name` (a module of jobs/) with the settings that the environment names."""
+    words = ["--conf", os.environ.get("COLD_REFRESH_CONF") or "conf/demo.yaml", *flags]
     overrides = shlex.split(os.environ.get("COLD_REFRESH_SET") or "")
     if os.environ.get("COLD_REFRESH_LAKE"):
         overrides.append(f"lake={lake()}")
     for override in overrides:
         words += ["--set", override]
-    words += ["--stage", name]
     if submit := os.environ.get("COLD_REFRESH_SPARK_SUBMIT"):
-        return _shell([*shlex.split(submit), "jobs/cold_refresh.py", *words])
-    return python("-m", "jobs.cold_refresh", *words)
+        return _shell([*shlex.split(submit), f"jobs/{name}.py", *words])
+    return python("-m", f"jobs.{name}", *words)
+
+
+def stage(name: str, day: str, *flags: str) -> str:
+    """The shell command that runs one stage of the run of `day`."""
+    return job("cold_refresh", "--run-date", day, *flags, "--stage", name)
 
 
 def describe_publication(context: Mapping[str, Any], result: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -69,3 +71,13 @@ def main(job: Callable[[], dict[str, Any]]) -> int:
         return 1
     print(json.dumps(summary, sort_keys=False, default=str), flush=True)
     return 0
+
+
+def script(module: str, file: str) -> int:
+    """`main` of `module`, whose file was started as a script: by its path, as spark-submit wants it.
+
+    Python puts the file's folder first on the path, where its modules would hide others of the same name.
+    """
+    here = os.path.dirname(os.path.abspath(file))
+    sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or ".") != here]
+    return int(importlib.import_module(module).main())

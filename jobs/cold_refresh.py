@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 import time
 from datetime import date
@@ -184,7 +183,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # spark-submit puts this file's folder first on the path, where its modules would hide others of the same name.
-    here = os.path.dirname(os.path.abspath(__file__))
-    sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or ".") != here]
-    sys.exit(importlib.import_module("jobs.cold_refresh").main())
+    sys.exit(cli.script("jobs.cold_refresh", __file__))

@@ -3,7 +3,10 @@
     python -m jobs.evaluate --conf conf/demo.yaml --run-date 2017-11-01
 
 As a stage it measures with the truth that the run's pinned tables hold. As a command it measures a published date again,
-with what has become known since, and replaces that run's rows in `metrics`.
+with what has become known since, and replaces that run's rows in `metrics`: a date that is named, or (every morning, say) the
+one whose truth is whole by then:
+
+    python -m jobs.evaluate --conf conf/demo.yaml --due 2017-12-31
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from datetime import date
+from datetime import date, timedelta
 from typing import Any
 
 import numpy as np
@@ -255,8 +258,7 @@ def published_run(settings: Settings, run_date: date) -> Run:
     """
     from jobs import snapshot
 
-    rows = Lake(settings.lake, settings.storage_options).read("runs", refresh_date=run_date).to_pylist()
-    latest = max((r for r in rows if r["stage"] == "publish"), key=lambda r: r["sequence"], default=None)
+    latest = _published_row(settings, run_date)
     if latest is None:
         raise NotPublishedError(
             f"no run of {run_date} has published in {settings.lake}: run jobs/cold_refresh.py for that date first"
@@ -277,13 +279,38 @@ def published_run(settings: Settings, run_date: date) -> Run:
     return run
 
 
+def _published_row(settings: Settings, run_date: date) -> dict[str, Any] | None:
+    rows = Lake(settings.lake, settings.storage_options).read("runs", refresh_date=run_date).to_pylist()
+    return max((r for r in rows if r["stage"] == "publish"), key=lambda r: r["sequence"], default=None)
+
+
+def due(settings: Settings, day: date) -> dict[str, Any]:
+    """Evaluate the date whose evaluate.horizon_days end with the midnight at which `day` begins; a note if nothing was published
+    then. Raises as `again`."""
+    run_date = day - timedelta(days=settings.evaluate.horizon_days)
+    if _published_row(settings, run_date) is None:
+        note = f"no run of {run_date} has published: on {day} there is nothing to measure"
+        log(f"[evaluate] {note}")
+        return {"run_date": run_date.isoformat(), "metrics": 0, "note": note}
+    return again(settings, run_date)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = cli.parser(__doc__)
     cli.add_settings(parser)
-    parser.add_argument("--run-date", required=True, help="YYYY-MM-DD: a published date")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--run-date", help="YYYY-MM-DD: a published date")
+    which.add_argument("--due", metavar="DATE", help="YYYY-MM-DD: the date whose evaluate.horizon_days end here")
     args = parser.parse_args(argv)
-    return cli.main(lambda: again(cli.settings(args), parse_run_date(args.run_date)))
+
+    def job() -> dict[str, Any]:
+        settings = cli.settings(args)
+        if args.due:
+            return due(settings, parse_run_date(args.due, "--due"))
+        return again(settings, parse_run_date(args.run_date))
+
+    return cli.main(job)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.script("jobs.evaluate", __file__))

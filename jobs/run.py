@@ -43,8 +43,8 @@ OUTPUTS = ("sampled_interactions", "item_embeddings", "user_embeddings")
 _RUN_ID = re.compile(r"[0-9]{8}-[0-9a-f]{12}")
 
 
-def parse_run_date(text: str) -> date:
-    """`text` (YYYY-MM-DD) as a date.
+def parse_run_date(text: str, option: str = "--run-date") -> date:
+    """`text` (YYYY-MM-DD), the value of `option`, as a date.
 
     Raises:
         SettingsError: it is none.
@@ -52,7 +52,7 @@ def parse_run_date(text: str) -> date:
     try:
         return datetime.strptime(text, "%Y-%m-%d").date()
     except ValueError:
-        raise SettingsError(f"--run-date {text!r} is no date; expected YYYY-MM-DD, such as 2026-01-31") from None
+        raise SettingsError(f"{option} {text!r} is no date; expected YYYY-MM-DD, such as 2026-01-31") from None
 
 
 def log(message: str) -> None:

@@ -111,7 +111,8 @@ def _query(home: AirflowHome, sql: str) -> list[tuple[Any, ...]]:
 
 def test_dags_parse_fast_and_without_the_engines(parsed: dict[str, Any]) -> None:
     assert parsed["errors"] == {}
-    assert set(parsed["dags"]) == {"cold_refresh_nightly", "cold_refresh_training", "cold_refresh_prune", "ranker"}
+    ours = {f"cold_refresh_{name}" for name in ("nightly", "training", "evaluate", "prune")}
+    assert set(parsed["dags"]) == {*ours, "ranker"}
     assert parsed["engines"] == []
     assert parsed["seconds"] < 10
 
@@ -167,7 +168,7 @@ def test_overrides_reach_the_job_as_they_are(home: AirflowHome, tmp_path: Path) 
     printed = home.run(sys.executable, "-c", code, str(ROOT / "dags"), **settings)
     assert printed.returncode == 0, printed.stdout
     said = subprocess.run(["bash", "-c", printed.stdout.splitlines()[-1]], capture_output=True, text=True, check=True)
-    expected = f"--conf conf/demo.yaml --run-date 2026-03-01 --set sampling.k=5 --set {prompt} --stage cf"
+    expected = f"--conf conf/demo.yaml --run-date 2026-03-01 --stage cf --set sampling.k=5 --set {prompt}"
     assert said.stdout.strip() == f"-m jobs.cold_refresh {expected}"
     assert list(tmp_path.iterdir()) == []
 
@@ -215,6 +216,23 @@ def test_a_failed_gate_fails_the_run_and_nothing_after_it_runs(home: AirflowHome
     assert asked == [f"-m jobs.cold_refresh --conf a b.yaml --run-date 2017-11-01 --stage {name}" for name in until]
     assert f"it said: {asked[-1]}" in ended.stdout  # spark-submit hands on an error's message as stdout
     assert _query(home, "SELECT count(*) FROM asset_event") == [(0,)]
+
+
+@pytest.mark.parametrize("metrics", [40, 0])
+def test_the_page_of_the_date_that_is_due_is_made_anew_if_it_was_measured(
+    home: AirflowHome, tmp_path: Path, metrics: int
+) -> None:
+    """A script in place of the jobs' Python: it notes what it is asked for, and answers as jobs/evaluate.py does."""
+    script = tmp_path / "python"
+    answer = json.dumps({"run_date": "2017-11-01", "metrics": metrics, "note": "why not"})
+    script.write_text(f"#!/bin/bash\necho \"$*\" >> {tmp_path}/asked\necho said\necho '{answer}'\n")
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    options = {"COLD_REFRESH_PYTHON": str(script), "COLD_REFRESH_SET": "evaluate.k=[10]"}
+    ended = home.airflow("dags", "test", "cold_refresh_evaluate", "2017-12-31T06:00:00", **options)
+    assert ended.returncode == 0, ended.stdout[-4000:]
+    evaluated = "-m jobs.evaluate --conf conf/demo.yaml --due 2017-12-31 --set evaluate.k=[10]"
+    reported = "-m jobs.report --conf conf/demo.yaml --run-date 2017-11-01 --set evaluate.k=[10]"
+    assert (tmp_path / "asked").read_text().splitlines() == [evaluated, reported][: 1 + bool(metrics)]
 
 
 def test_backfill_creates_a_run_for_each_night(home: AirflowHome) -> None:

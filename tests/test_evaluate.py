@@ -45,7 +45,8 @@ def publish(run, out):
 
     def table(key, ids, **more):
         body = {name: pa.array([value] * len(ids)) for name, value in {**same, **more}.items()}
-        vectors = np.array([vector(i) for i in ids]) if ids[0].split("-")[0] in TOPICS else random_vectors(len(ids))
+        rng = np.random.default_rng(7)
+        vectors = np.array([vector(i) if i.split("-")[0] in TOPICS else rng.normal(size=4) for i in ids])
         return pa.table({**body, key: ids, "embedding": to_column(vectors)})
 
     users_table = table("user_id", users)
@@ -78,10 +79,6 @@ def train(run, out):
     vectors = 2 * np.array([vector(i["item_id"]) for i in items])
     run.lake.commit("text_embeddings", pa.table({**texts, "embedding": to_column(vectors)}), app="t/texts")
     return {"model_version": "0123456789abcdef", "encoder_version": "encoder", "trained": True}
-
-
-def random_vectors(n):
-    return np.random.default_rng(n).normal(size=(n, 4))
 
 
 def stage_snapshot(train: pd.DataFrame, items: dict[str, str]):
@@ -212,8 +209,7 @@ def test_cold_items_with_too_few_users_are_no_candidates(later):
 
 def test_evaluating_again_measures_and_replaces(later, capsys):
     run, _, conf = later
-    argv = ["--conf", str(conf), "--run-date", str(run.run_date)]
-    assert evaluate.main(argv) == 0
+    assert evaluate.main(["--conf", str(conf), "--run-date", str(run.run_date)]) == 0
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert facts["run_id"] == run.run_id
     cold = facts["summary"]["cold"]
@@ -229,7 +225,8 @@ def test_evaluating_again_measures_and_replaces(later, capsys):
     assert ((rows["low"] <= rows["value"]) & (rows["value"] <= rows["high"])).all()
     assert set(rows.loc[rows["split"] == "cold", "n"]) == {80}
 
-    assert evaluate.main([*argv, "--set", "evaluate.k=[5]"]) == 0
+    due = str(run.run_date + timedelta(days=60))
+    assert evaluate.main(["--conf", str(conf), "--due", due, "--set", "evaluate.k=[5]"]) == 0
     assert "made with other settings" in capsys.readouterr().err
     rows = run.lake.read("metrics", refresh_date=run.run_date).to_pandas()
     assert set(rows.loc[rows["split"] != "reliability", "metric"]) == {"ndcg@5", "recall@5", "hit@5"}
@@ -309,6 +306,9 @@ def test_what_is_not_published_cannot_be_evaluated(night, capsys):
     conf = night[2]
     assert evaluate.main(["--conf", str(conf), "--run-date", "2026-02-01"]) == 1
     assert "no run of 2026-02-01 has published" in capsys.readouterr().err
+    assert evaluate.main(["--conf", str(conf), "--due", "2026-04-02"]) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (summary["run_date"], summary["metrics"]) == ("2026-02-01", 0)
 
 
 def test_a_snapshot_that_is_gone_is_not_made_again_with_other_settings(tmp_path, capsys):

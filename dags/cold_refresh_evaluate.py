@@ -1,0 +1,51 @@
+"""Daily: measure the night whose users have had their time, and make its page anew (jobs/evaluate.py, jobs/report.py).
+
+On the night itself what users do next is still to come. The run of the interval that ends on day D measures the date
+`evaluate.horizon_days` before D, if one was published then. For that its staged snapshot must still be there (`keep_runs` of the
+settings above the horizon), or else the versions of the input tables that it pinned, and its settings. By hand, as of a day:
+
+    airflow dags test cold_refresh_evaluate --conf '{"due": "2017-12-31"}'
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import cold_refresh_commands as commands
+from airflow.sdk import CronDataIntervalTimetable, dag, task
+from airflow.sdk.exceptions import AirflowSkipException
+
+
+@dag(
+    schedule=CronDataIntervalTimetable("0 6 * * *", timezone="UTC"),
+    start_date=datetime(2017, 1, 1, tzinfo=UTC),
+    catchup=False,
+    max_active_runs=1,
+    default_args={
+        "retries": 1,
+        "retry_delay": timedelta(minutes=15),
+        "execution_timeout": timedelta(hours=2),
+    },
+    params={"due": commands.date_param("the day (YYYY-MM-DD) on which a date is due, and not the interval's end")},
+    tags=["cold-refresh"],
+    doc_md=__doc__,
+)
+def cold_refresh_evaluate() -> None:
+    @task.bash
+    def evaluate(params: Any = None, data_interval_start: Any = None) -> str:
+        day = commands.run_date({"run_date": params["due"]}, data_interval_start, days=1)
+        return commands.job("evaluate", "--due", day)
+
+    @task.bash(do_xcom_push=False)
+    def report(summary: str) -> str:
+        found = json.loads(summary)
+        if not found["metrics"]:
+            raise AirflowSkipException(found["note"])
+        return commands.job("report", "--run-date", commands.checked_date(found["run_date"]))
+
+    report(evaluate())
+
+
+cold_refresh_evaluate()
