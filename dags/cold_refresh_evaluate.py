@@ -1,8 +1,7 @@
 """Daily: measure the night whose users have had their time, and make its page anew (jobs/evaluate.py, jobs/report.py).
 
 On the night itself what users do next is still to come. The run of the interval that ends on day D measures the date
-`evaluate.horizon_days` before D, if one was published then. For that its staged snapshot must still be there (`keep_runs` of the
-settings above the horizon), or else the versions of the input tables that it pinned, and its settings. By hand, as of a day:
+`evaluate.horizon_days` before D, if one was published then; its staged snapshot has been kept for that. By hand, as of a day:
 
     airflow dags test cold_refresh_evaluate --conf '{"due": "2017-12-31"}'
 """

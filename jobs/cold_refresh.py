@@ -14,7 +14,7 @@ import argparse
 import importlib
 import sys
 import time
-from datetime import date
+from datetime import date, timedelta
 from typing import Any
 
 from jobs import cli, ray_cluster, text_embeddings
@@ -123,15 +123,28 @@ def _summary(run: Run, done: dict[str, dict[str, Any]], computed: list[str], sec
 
 
 def prune(run: Run) -> None:
-    """Remove the staged files and the index of finished runs, except those of the newest `keep_runs`; their rows stay."""
+    """Remove the staged files and the index of finished runs, except those of the newest `keep_runs`; their rows stay.
+
+    So does the snapshot of a date whose users still have time (evaluate.horizon_days): it is what they will be measured with.
+    """
     rows = run.lake.read("runs", columns=["refresh_date", "sequence", "run_id", "stage"]).to_pylist()
     finished = sorted((r["refresh_date"], r["sequence"], r["run_id"]) for r in rows if r["stage"] == STAGES[-1])
+    newest_of = {refresh_date: run_id for refresh_date, _, run_id in finished}
+    evaluate = run.settings.evaluate
+    horizon = timedelta(days=evaluate.horizon_days if evaluate.protocol == "temporal" else 0)
     for place, what in (("_staging", "staged files"), ("_index", "index")):
         present = set(Staging(run.lake.path(place)).children())
-        for _, _, run_id in finished[: -run.settings.keep_runs]:
-            if run_id in present and run_id != run.run_id:
+        for refresh_date, _, run_id in finished[: -run.settings.keep_runs]:
+            if run_id not in present or run_id == run.run_id:
+                continue
+            folder = Staging(run.lake.path(f"{place}/{run_id}"))
+            parts = {folder.uri}
+            if place == "_staging" and newest_of[refresh_date] == run_id and refresh_date + horizon >= finished[-1][0]:
+                parts = {folder.path(name) for name in folder.children() if name != STAGES[0]}
+            if parts:
                 log(f"removing the {what} of run {run_id} (keep_runs is {run.settings.keep_runs})")
-                Staging(run.lake.path(f"{place}/{run_id}")).clear()
+            for part in sorted(parts):
+                Staging(part).clear()
 
 
 def plan(settings: Settings, run_date: date, *, training: bool = False) -> dict[str, Any]:

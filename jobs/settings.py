@@ -260,7 +260,11 @@ class Settings(_Section):
     evaluate: Evaluate = Evaluate()
     ray: RayCluster = RayCluster()
     spark: Spark = Spark()
-    keep_runs: int = Field(7, ge=1, description="runs whose staged files and index are kept")
+    keep_runs: int = Field(
+        7,
+        ge=1,
+        description="runs whose staged files and index are kept; a snapshot stays for evaluate.horizon_days (temporal)",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:

@@ -286,11 +286,24 @@ def test_of_finished_nights_the_newest_keep_their_staged_files_and_index(tmp_pat
         if run is not runs[1]:  # this one was killed behind publish
             run.record(STAGES[-1], {}, 0.0, {})
     before = tables(tmp_path)
-    prune(replace(runs[3], settings=runs[3].settings.model_copy(update={"keep_runs": 2})))
+
+    def left(place: str) -> list[str]:
+        return sorted(folder.name for folder in (tmp_path / place).iterdir())
+
+    # The first date is measured on the day of the newest night at the earliest, and until then needs its snapshot.
+    prune(_keeping(runs[3], 2, horizon_days=3))
+    assert left("_staging") == [run.run_id for run in runs]
+    assert left(f"_staging/{runs[0].run_id}") == ["snapshot"]
+    for number, protocol in enumerate(("temporal", "none")):
+        prune(_keeping(runs[3], 2 - number, horizon_days=2, protocol=protocol))
+        assert left("_staging") == left("_index") == [runs[1].run_id, *(run.run_id for run in runs[2 + number :])]
     assert tables(tmp_path) == before
-    for place in ("_staging", "_index"):
-        left = sorted(folder.name for folder in (tmp_path / place).iterdir())
-        assert left == [run.run_id for run in runs[1:]]
+
+
+def _keeping(run: Run, keep_runs: int, **evaluate: Any) -> Run:
+    settings = run.settings
+    chosen = {"keep_runs": keep_runs, "evaluate": settings.evaluate.model_copy(update=evaluate)}
+    return replace(run, settings=settings.model_copy(update=chosen))
 
 
 def test_a_large_catalogue_gets_inverted_lists_with_measured_recall() -> None:
