@@ -14,6 +14,7 @@ from udfs.allmrec_examples import AllmrecError, Examples, identity
 from udfs.allmrec_projections import Config, build
 from udfs.allmrec_reader import Catalogue, Reader
 from udfs.filterllm_checkpoint import Checkpoints
+from udfs.progress import Progress
 from udfs.sampled_ranking import ndcg, ranks
 from udfs.sequences import Ints
 
@@ -51,6 +52,7 @@ def train(
     Args:
         catalogue: of this reader, with the items' joint vectors.
         pool: items that candidates are drawn from.
+        log: called with a line an epoch, and one a minute within it.
         checkpoints: as in `udfs.epochs.run`; the language model is no part of them.
 
     Returns:
@@ -81,6 +83,7 @@ def train(
         candidates = examples.draw(pool, options.negatives, seed)
         order = np.random.Generator(np.random.Philox(seed)).permutation(len(examples))
         whole = torch.zeros((), dtype=torch.float64, device=reader.device)
+        progress = Progress("of this epoch", len(order), "users", seconds=60.0, log=log)
         for start in range(0, len(order), options.batch_size):
             rows = order[start : start + options.batch_size]
             found = loss(examples, candidates, rows)
@@ -90,6 +93,7 @@ def train(
                 found.backward()
                 optimizer.step()
             whole += found.detach() * len(rows)
+            progress.advance(len(rows))
         return float(whole / len(examples))
 
     measure = None

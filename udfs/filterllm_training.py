@@ -25,6 +25,7 @@ from udfs.filterllm import FilterLLM, FilterLLMError
 from udfs.filterllm_checkpoint import Checkpoints, restore, state
 from udfs.filterllm_items import FrozenTexts, Items, at_most, held_out
 from udfs.filterllm_validation import Validation, calibrate, measure, validation
+from udfs.progress import Progress
 from udfs.row_adamw import RowAdamW
 from udfs.sampled_softmax import Proposal
 from udfs.worker_group import Group
@@ -96,7 +97,7 @@ def train(
     Args:
         texts: called with item numbers [B] (numpy int64), gives hidden states [B, width] on the model's device. With an
             attribute `lengths` [n] (tokens of each text) tokens/s are logged.
-        log: called with a line an epoch, of the first process only.
+        log: called with a line an epoch, and one a minute within it, of the first process only.
         checkpoints: where the state is saved every epoch. If this training's state is there already, training goes on
             behind it, and ends with the model that an undisturbed one ends with, bit for bit (on a CPU of the same kind).
             What `texts` reads is no part of what a state is told by: another folder for other texts.
@@ -165,7 +166,7 @@ class _Training:
                 log(f"no better for {options.patience} epochs: stopped; epoch {best_epoch} is kept")
                 break
             begun = time.perf_counter()
-            found = self._epoch(epoch)
+            found = self._epoch(epoch, log)
             seconds = time.perf_counter() - begun
             quality = measure(self.model, self.texts, data) if data else None
             if not (math.isfinite(found["loss"]) and (quality is None or math.isfinite(quality.nll))):
@@ -206,7 +207,7 @@ class _Training:
             "history": history,
         }
 
-    def _epoch(self, epoch: int) -> dict[str, float]:
+    def _epoch(self, epoch: int, log: Callable[[str], None]) -> dict[str, float]:
         """Train an epoch; its mean loss and the two parts of it, and the learning rate it began with."""
         options, group = self.options, self.group
         torch.manual_seed(_seed(options.seed, epoch, group.rank))
@@ -214,6 +215,7 @@ class _Training:
         self.texts.train()
         order = np.random.Generator(np.random.Philox(key=[options.seed, epoch])).permutation(self.index)
         first_rate, totals = 0.0, torch.zeros(2, dtype=torch.float64, device=self.device)
+        progress = Progress("of this epoch", len(order), "items", seconds=60.0, log=log)
         for step in range(self.steps):
             batch = order[step * options.batch_size : (step + 1) * options.batch_size]
             part = group.part(batch)
@@ -230,6 +232,7 @@ class _Training:
             group.add_gradients(self.named.values())
             for optimizer in self.optimizers:
                 optimizer.step()
+            progress.advance(len(batch))
         distribution, guiding = (group.add(totals) / len(self.index)).tolist()
         whole = distribution + options.guiding * guiding
         return {"loss": whole, "distribution": distribution, "guiding": guiding, "learning_rate": first_rate}

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 
 
 class Progress:
     """Counts towards `total` units, under the name `label`. A context manager."""
 
-    def __init__(self, label: str, total: int | None, unit: str, *, seconds: float = 10.0) -> None:
-        """`seconds`: how often a plain line is written, at most."""
+    def __init__(
+        self,
+        label: str,
+        total: int | None,
+        unit: str,
+        *,
+        seconds: float = 10.0,
+        log: Callable[[str], None] | None = None,
+    ) -> None:
+        """`seconds`: how often a plain line is written, at most. With `log` lines go there, but for the last, and there is no bar."""
         self._label, self._total, self._unit, self._every = label, total, unit, seconds
+        self._log = log
         self._done, self._begun = 0, time.monotonic()
         self._last = self._begun
         self._bar = None
-        if sys.stderr.isatty():
+        if log is None and sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, desc=label, unit=unit, unit_scale=True, file=sys.stderr)
@@ -26,7 +36,7 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif self._done:
+        elif self._done and self._log is None:
             self._line()
 
     def advance(self, count: int) -> None:
@@ -40,4 +50,8 @@ class Progress:
         self._last = time.monotonic()
         rate = self._done / max(self._last - self._begun, 1e-9)
         of = f" of {self._total}" if self._total is not None else ""
-        print(f"[{self._label}] {self._done}{of} {self._unit}, {rate:.1f}/s", file=sys.stderr, flush=True)
+        line = f"{self._done}{of} {self._unit}, {rate:.1f}/s"
+        if self._log is not None:
+            self._log(f"{self._label}: {line}")
+        else:
+            print(f"[{self._label}] {line}", file=sys.stderr, flush=True)
