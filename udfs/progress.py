@@ -19,7 +19,7 @@ class Progress:
         seconds: float = 10.0,
         log: Callable[[str], None] | None = None,
     ) -> None:
-        """`seconds`: how often a plain line is written, at most. With `log` lines go there, but for the last, and there is no bar."""
+        """`seconds`: how often a plain line is written, at most. With `log`, lines but for the last go there; there is no bar."""
         self._label, self._total, self._unit, self._every = label, total, unit, seconds
         self._log = log
         self._done, self._begun = 0, time.monotonic()
