@@ -25,6 +25,8 @@ from udfs.floors import id_hashes
 PAGE = "report.html"
 _EXAMPLES, _USERS, _HISTORY, _KEYS = 6, 4, 5, 3
 _TITLE, _TEXT = 160, 400  # characters shown
+_SPLITS = ("overall", "cold", "warm")
+_DATES = 14
 
 
 def run(run: Run, out: Staging) -> dict[str, Any]:
@@ -55,11 +57,13 @@ def render(run: Run) -> str:
     facts = run.recorded()
     sampled = _sampled(run, facts)
     metrics = _metrics(run)
-    drawn = [name for name in dict.fromkeys(r["metric"] for r in metrics) if name.startswith("ndcg@")]
+    drawn = _drawn(metrics)
     view = {
         "run": run,
         "facts": facts,
-        "headline": _headline(metrics, drawn),
+        "headline": _headline(metrics),
+        "splits": _SPLITS,
+        "before": _before(run),
         "metrics": _by_split(metrics),
         "metrics_note": facts.get("evaluate", {}).get("note"),
         "truth": facts.get("evaluate", {}).get("truth", {}),
@@ -86,7 +90,7 @@ def _metrics(run: Run) -> list[dict[str, Any]]:
 def _by_split(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One table a split: a line a system, a column a metric."""
     tables = []
-    for split in ("overall", "cold", "warm"):
+    for split in _SPLITS:
         of_split = {(r["system"], r["metric"]): r for r in rows if r["split"] == split}
         if not of_split:
             continue
@@ -103,12 +107,18 @@ def _metric_order(name: str) -> tuple[int, int]:
     return int(k), ("ndcg", "recall", "hit").index(kind)
 
 
-def _headline(rows: list[dict[str, Any]], drawn: list[str]) -> list[dict[str, Any]]:
-    """What is published and the best floor, a split: {split, metric, value, floor, floor_name}."""
+def _drawn(rows: list[dict[str, Any]]) -> list[str]:
+    """The NDCGs among the metrics, in their order; plots and headlines show the first."""
+    return [name for name in dict.fromkeys(r["metric"] for r in rows) if name.startswith("ndcg@")]
+
+
+def _headline(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is published and the best floor, a split: {split, metric, value, floor, name: the floor's}."""
+    drawn = _drawn(rows)
     if not drawn:
         return []
     found = []
-    for split in ("overall", "cold", "warm"):
+    for split in _SPLITS:
         value = {r["system"]: r["value"] for r in rows if r["split"] == split and r["metric"] == drawn[0]}
         floor = {name: v for name, v in value.items() if name not in ("published", "distribution")}
         if "published" in value and floor:
@@ -117,6 +127,18 @@ def _headline(rows: list[dict[str, Any]], drawn: list[str]) -> list[dict[str, An
                 {"split": split, "metric": drawn[0], "value": value["published"], "floor": floor[name], "name": name}
             )
     return found
+
+
+def _before(run: Run) -> list[dict[str, Any]]:
+    """The newest measured dates before this one, newest first: {date, headline: by split}; of a date its newest run's."""
+    begun = run.lake.read("runs", columns=["run_id", "sequence"]).to_pylist()
+    sequence = {row["run_id"]: row["sequence"] for row in begun}
+    rows = run.lake.read("metrics", columns=["refresh_date", "run_id", "split", "system", "metric", "value"])
+    runs: dict[tuple[Any, int], list[dict[str, Any]]] = {}
+    for row in rows.filter(pc.less(rows["refresh_date"], pa.scalar(run.run_date))).to_pylist():
+        runs.setdefault((row["refresh_date"], sequence.get(row["run_id"], 0)), []).append(row)
+    headlines = {day: {h["split"]: h for h in _headline(runs[day, number])} for day, number in sorted(runs)}
+    return [{"date": day, "headline": headlines[day]} for day in sorted(headlines, reverse=True)[:_DATES]]
 
 
 def _sampled(run: Run, facts: dict[str, dict[str, Any]]) -> pa.Table:

@@ -236,6 +236,28 @@ def test_an_older_date_leaves_the_newest_page(tmp_path, capsys):
     assert old.read_text() == (tmp_path / "lake" / "report.html").read_text()
 
 
+def test_the_page_shows_how_the_dates_before_were_measured(tmp_path):
+    run, _ = night(tmp_path, measured=False)
+    # Of each date the newest run counts; what was measured of a later date does not.
+    for days, number, cold in ((-2, 1, 0.11), (-1, 1, 0.99), (-1, 2, 0.22), (1, 1, 0.88)):
+        day = run.run_date + timedelta(days=days)
+        other = replace(run, run_date=day, sequence=number, run_id=f"{day:%Y%m%d}-{number:012x}")
+        other.record("publish", {}, 0.0, {})
+        same = {"refresh_date": day, "run_id": other.run_id, "split": "cold", "n": 6, "low": None, "high": None}
+        values = {("published", "ndcg@20"): cold, ("random", "ndcg@20"): 0.01, ("text_knn", "ndcg@20"): 0.07}
+        values[("published", "recall@20")] = 0.77
+        rows = [{**same, "system": name, "metric": metric, "value": v} for (name, metric), v in values.items()]
+        table = pa.Table.from_pylist(rows, schema("metrics").arrow_schema)
+        run.lake.commit("metrics", table, app=f"t/{other.run_id}")
+    text = Page(report.render(run)).text
+    first, second = (
+        f"{RUN_DATE + timedelta(days=d)} {v} ndcg@20; text_knn 0.0700" for d, v in ((-1, 0.22), (-2, 0.11))
+    )
+    shown = text.partition("Dates before this one")[2]
+    assert shown.index(first.replace("0.22", "0.2200")) < shown.index(second.replace("0.11", "0.1100"))
+    assert not {"0.99", "0.88", "0.77"} & {number[:4] for number in shown.split()}
+
+
 def test_a_night_without_cold_items_metrics_or_rejected_rows(tmp_path):
     run, _ = night(tmp_path, rejected=[], cold=(), measured=False)
     page = Page(report.render(run))
