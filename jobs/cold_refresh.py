@@ -22,6 +22,8 @@ from jobs.run import STAGES, TRAINING_STAGES, Run, begun_run, execute, find_run,
 from jobs.settings import Settings, SettingsError
 from jobs.staging import Staging
 
+_WEEK = 7
+
 
 def _execute(run: Run, name: str) -> dict[str, Any]:
     # A stage's engine is imported when the stage runs: a task that needs no Spark starts none.
@@ -125,13 +127,14 @@ def _summary(run: Run, done: dict[str, dict[str, Any]], computed: list[str], sec
 def prune(run: Run) -> None:
     """Remove the staged files and the index of finished runs, except those of the newest `keep_runs`; their rows stay.
 
-    So does the snapshot of a date whose users still have time (evaluate.horizon_days): it is what they will be measured with.
+    So does the snapshot of a date whose users still have time (evaluate.horizon_days): it is what they will be measured with, in
+    the week that follows at the latest.
     """
     rows = run.lake.read("runs", columns=["refresh_date", "sequence", "run_id", "stage"]).to_pylist()
     finished = sorted((r["refresh_date"], r["sequence"], r["run_id"]) for r in rows if r["stage"] == STAGES[-1])
     newest_of = {refresh_date: run_id for refresh_date, _, run_id in finished}
     evaluate = run.settings.evaluate
-    horizon = timedelta(days=evaluate.horizon_days if evaluate.protocol == "temporal" else 0)
+    needed = timedelta(days=evaluate.horizon_days + _WEEK if evaluate.protocol == "temporal" else 0)
     for place, what in (("_staging", "staged files"), ("_index", "index")):
         present = set(Staging(run.lake.path(place)).children())
         for refresh_date, _, run_id in finished[: -run.settings.keep_runs]:
@@ -139,7 +142,7 @@ def prune(run: Run) -> None:
                 continue
             folder = Staging(run.lake.path(f"{place}/{run_id}"))
             parts = {folder.uri}
-            if place == "_staging" and newest_of[refresh_date] == run_id and refresh_date + horizon >= finished[-1][0]:
+            if place == "_staging" and newest_of[refresh_date] == run_id and refresh_date + needed >= finished[-1][0]:
                 parts = {folder.path(name) for name in folder.children() if name != STAGES[0]}
             if parts:
                 log(f"removing the {what} of run {run_id} (keep_runs is {run.settings.keep_runs})")

@@ -1,6 +1,6 @@
 """Remove trained parts, cached rows and staged files that no night will read again.
 
-    python -m jobs.prune --lake ./lake --keep-days 60 --dry-run
+    python -m jobs.prune --lake ./lake --keep-days 70 --dry-run
 
 A night removes the staged files and the index of finished nights, except those of the newest keep_runs. What is trained (spaces,
 models, A-LLMRec's parts), what a training or a night that was given up left half done, and what training runs staged stays until
@@ -167,8 +167,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--keep-days",
         type=int,
-        default=60,
-        help="days before the newest published night whose parts are kept (default: %(default)s)",
+        default=70,
+        help="days before the newest published night whose parts are kept; above evaluate.horizon_days (default: %(default)s)",
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be removed")
     args = parser.parse_args(argv)

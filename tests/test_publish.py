@@ -279,7 +279,7 @@ def test_an_index_that_is_gone_is_made_again_in_memory(tmp_path: Path) -> None:
 
 
 def test_of_finished_nights_the_newest_keep_their_staged_files_and_index(tmp_path: Path) -> None:
-    days = [night.RUN_DATE + timedelta(days=n) for n in range(4)]
+    days = [night.RUN_DATE + timedelta(days=n) for n in (0, 30, 31, 32)]
     runs = [gated(tmp_path, run_date=day) for day in days]
     for run in runs:
         execute(run, "publish", publish.run)
@@ -290,12 +290,12 @@ def test_of_finished_nights_the_newest_keep_their_staged_files_and_index(tmp_pat
     def left(place: str) -> list[str]:
         return sorted(folder.name for folder in (tmp_path / place).iterdir())
 
-    # The first date is measured on the day of the newest night at the earliest, and until then needs its snapshot.
-    prune(_keeping(runs[3], 2, horizon_days=3))
+    # The first date is measured a week before the newest night or later, and until then needs its snapshot.
+    prune(_keeping(runs[3], 2, horizon_days=25))
     assert left("_staging") == [run.run_id for run in runs]
     assert left(f"_staging/{runs[0].run_id}") == ["snapshot"]
     for number, protocol in enumerate(("temporal", "none")):
-        prune(_keeping(runs[3], 2 - number, horizon_days=2, protocol=protocol))
+        prune(_keeping(runs[3], 2 - number, horizon_days=24, protocol=protocol))
         assert left("_staging") == left("_index") == [runs[1].run_id, *(run.run_id for run in runs[2 + number :])]
     assert tables(tmp_path) == before
 
