@@ -88,6 +88,10 @@ def test_every_row_is_measured_once(
     assert titles == [f"A-LLMRec on amazon-games: {metric} among 20" for metric in allmrec_cells.METRICS]
     # What rows share is trained once, and what distinguishes them is not shared.
     assert parts(tmp_path) == {"backbone": 6, "alignment": 13, "tuned": 12, "reader": 19}
+    # Rows with a reader read what is asked, those that weigh it the validation items too; two of these ask what others have asked.
+    rankers = Counter(row.options(Options()).ranker for row in ROWS)
+    readings = capsys.readouterr().err.count(": likelihoods [")
+    assert readings == rankers["reader"] + 2 * rankers["reader with stage 1"] - 2
 
     monkeypatch.setattr(allmrec, "cell", lambda *given: pytest.fail("measured again"))
     assert allmrec.run(args) == result
@@ -121,7 +125,7 @@ def test_every_row_is_measured_once(
 
 def parts(work: Path) -> dict[str, int]:
     kinds = Counter(path.name.split("-")[0] for path in (work / "parts" / "amazon-games").iterdir())
-    return {kind: count for kind, count in kinds.items() if kind != "texts"}
+    return {kind: count for kind, count in kinds.items() if kind not in ("texts", "likelihoods")}
 
 
 def check(one: dict[str, Any]) -> None:

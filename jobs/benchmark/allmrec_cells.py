@@ -70,13 +70,7 @@ def cell(
         values = {"Hit@1": own == 0, "NDCG@10": ndcg(own, 10), "HR@10": own < 10}
         figures |= {f"{name} {metric}": float(values[metric].mean()) for metric in METRICS}
     cost = before + scoring
-    return {
-        "figures": figures,
-        "users": users,
-        "seconds": round(cost.seconds, 1),
-        "scoring": round(scoring.seconds, 1),
-        "memory": cost.memory,
-    }
+    return {"figures": figures, "users": users, "seconds": round(cost.seconds, 1), "memory": cost.memory}
 
 
 def _scores(options: Options, parts: Parts, asked: Asked, other: Corpus | None) -> tuple[Any, Cost]:
@@ -94,48 +88,55 @@ def _scores(options: Options, parts: Parts, asked: Asked, other: Corpus | None) 
         model, trained = parts.backbone(options)
         return lambda: model.score(asked.users, asked.histories, asked.candidates), trained.cost
     if options.ranker == "reader":
-        read, part, users = _reader(options, parts, other)
-        return lambda: read(users(asked.users, asked.histories), asked.histories, asked.candidates), part
+        read, cost, users = _reader(options, parts, other)
+        likelihoods, reading = read(users(asked.users, asked.histories), asked.histories, asked.candidates)
+        return lambda: likelihoods, cost + reading
     several, cost, users = _several(options, parts, other)
-    weights = _weights(options, parts) if options.ranker in _WEIGHED else np.ones(1, np.float32)
-
-    def weighed() -> Matrix:
-        found = several(users(asked.users, asked.histories), asked.histories, asked.candidates)
-        return np.tensordot(weights, np.stack(found), 1)
-
-    return weighed, cost
+    weights, weighing = _weights(options, parts) if options.ranker in _WEIGHED else (np.ones(1, np.float32), Cost())
+    found, scoring = several(users(asked.users, asked.histories), asked.histories, asked.candidates)
+    return lambda: np.tensordot(weights, np.stack(found), 1), cost + weighing + scoring
 
 
 def _several(options: Options, parts: Parts, other: Corpus | None) -> tuple[Any, Cost, Any]:
     """A function of (x_u, histories, candidates) that gives the row's scores, one [n, 20] each: of the first stage, of texts
-    that are like the history's, and of the language model; the cost; and a function that gives x_u."""
+    that are like the history's, and of the language model, and their cost; the cost before; and a function that gives x_u."""
     model, decoded, _, cost = _joined(options, parts, other)
     kinds: list[Any] = [lambda x, histories, candidates: inner_products(x, decoded, candidates)]
     if options.ranker in _WEIGHED:
         texts, _ = parts.texts(options, other or parts.corpus)
         kinds.append(lambda x, histories, candidates: inner_products(_means(texts, histories), texts, candidates))
+    read: Any = None
     if options.ranker == "reader with stage 1":
-        read, part, _ = _reader(options, parts, other)
-        cost = part if options.user or options.items else cost + part
-        kinds.append(read)
-    return lambda *asked: [kind(*asked) for kind in kinds], cost, model.users
+        read, of_reader, _ = _reader(options, parts, other)
+        cost = of_reader if options.user or options.items else cost + of_reader
+
+    def several(*asked: Any) -> tuple[list[Matrix], Cost]:
+        found, spent = measured(lambda: [kind(*asked) for kind in kinds])
+        if read is None:
+            return found, spent
+        likelihoods, reading = read(*asked)
+        return [*found, likelihoods], spent + reading
+
+    return several, cost, model.users
 
 
-def _weights(options: Options, parts: Parts) -> Matrix:
-    """What each of the scores counts: by the validation items, which none of them has learnt from."""
+def _weights(options: Options, parts: Parts) -> tuple[Matrix, Cost]:
+    """What each of the scores counts: by the validation items, which none of them has learnt from; and what that cost."""
     model, _ = parts.backbone(options)
     asked = allmrec_data.validation(parts.division, model)
     if options.ranker == "reader with stage 1":
         asked = allmrec_data.some(asked, options.weigh_users, parts.seed)
     candidates = asked.draw(np.arange(len(parts.corpus.titles)), 19, parts.seed)
     several, _, _ = _several(options, parts, None)
-    weights = conditional_logit.fit(several(asked.users, asked.histories, candidates))
+    found, cost = several(asked.users, asked.histories, candidates)
+    weights = conditional_logit.fit(found)
     log(f"[benchmark] weights of stage 1, text and language model, as far as there are: {weights.round(4).tolist()}")
-    return weights.astype(np.float32)
+    return weights.astype(np.float32), cost
 
 
 def _reader(options: Options, parts: Parts, other: Corpus | None) -> tuple[Any, Cost, Any]:
-    """A function of (x_u, histories, candidates) that gives likelihoods [n, 20]; the cost; and a function that gives x_u."""
+    """A function of (x_u, histories, candidates) that gives likelihoods [n, 20] and their cost; the cost before; and a function
+    that gives x_u."""
     reader, joint, part = parts.reader(options)
     corpus, model = other or parts.corpus, None
     if options.user or options.items:
@@ -146,14 +147,19 @@ def _reader(options: Options, parts: Parts, other: Corpus | None) -> tuple[Any, 
         joint = np.resize(joint, (len(corpus.titles), joint.shape[1]))
     catalogue = catalogue_of(reader, corpus, joint, options)
 
-    def read(x: Matrix, histories: Sequences, candidates: Ints) -> Matrix:
-        found = np.empty(candidates.shape, np.float32)
-        with Progress("reader", len(x), "users") as progress:
-            for start in range(0, len(x), _USERS):
-                rows = np.arange(start, min(start + _USERS, len(x)))
-                found[rows] = reader.score(catalogue, x[rows], histories.take(rows), candidates[rows])
-                progress.advance(len(rows))
-        return found
+    def read(x: Matrix, histories: Sequences, candidates: Ints) -> tuple[Matrix, Cost]:
+        def score() -> Matrix:
+            found = np.empty(candidates.shape, np.float32)
+            with Progress("reader", len(x), "users") as progress:
+                for start in range(0, len(x), _USERS):
+                    rows = np.arange(start, min(start + _USERS, len(x)))
+                    found[rows] = reader.score(catalogue, x[rows], histories.take(rows), candidates[rows])
+                    progress.advance(len(rows))
+            return found
+
+        of_users = x if options.user else x[:, :0]  # what no prompt names makes no difference
+        asked: list[np.ndarray] = [of_users, histories.indptr, histories.items, candidates, joint]
+        return parts.likelihoods(options, part, [*catalogue.prompts.texts], asked, score)
 
     def nobody(users: Ints, histories: Sequences) -> Matrix:
         return np.zeros((len(users), 1), np.float32)

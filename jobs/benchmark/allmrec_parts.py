@@ -305,6 +305,19 @@ class Parts:
         reader.projections = allmrec_projections.load(trained.files).to(reader.device)
         return reader, joint, trained
 
+    def likelihoods(
+        self, options: Options, reader: Part, titles: list[str], asked: list[np.ndarray], score: Callable[[], Matrix]
+    ) -> tuple[Matrix, Cost]:
+        """What `score` gives, [n, 20], kept for the rows that ask the same reader the same; its cost, without the reader's."""
+        made_of = [reader.key, options.user, options.items, options.candidates, options.history, options.title_tokens]
+        made_of += [options.dtype, self.corpus.name, identity(titles, *asked)]
+
+        def make(checkpoints: Checkpoints) -> dict[str, bytes]:
+            return {"likelihoods.safetensors": safetensors.numpy.save({"likelihoods": score()})}
+
+        part = self._part("likelihoods", made_of, [], make)
+        return safetensors.numpy.load(part.files["likelihoods.safetensors"])["likelihoods"], part.cost
+
 
 def catalogue_of(reader: Reader, corpus: Corpus, joint: Matrix, options: Options) -> Catalogue:
     """A corpus as the reader is asked about it."""
