@@ -22,7 +22,7 @@ from jobs.run import STAGES, TRAINING_STAGES, Run, begun_run, execute, find_run,
 from jobs.settings import Settings, SettingsError
 from jobs.staging import Staging
 
-_WEEK = 7
+_LATE_DAYS = 7  # how long a date that is due can still be measured with its own snapshot
 
 
 def _execute(run: Run, name: str) -> dict[str, Any]:
@@ -127,27 +127,26 @@ def _summary(run: Run, done: dict[str, dict[str, Any]], computed: list[str], sec
 def prune(run: Run) -> None:
     """Remove the staged files and the index of finished runs, except those of the newest `keep_runs`; their rows stay.
 
-    So does the snapshot of a date whose users still have time (evaluate.horizon_days): it is what they will be measured with, in
-    the week that follows at the latest.
+    So does the snapshot of a date whose users still have time (evaluate.horizon_days), which it will be measured with, and
+    _LATE_DAYS beyond.
     """
     rows = run.lake.read("runs", columns=["refresh_date", "sequence", "run_id", "stage"]).to_pylist()
     finished = sorted((r["refresh_date"], r["sequence"], r["run_id"]) for r in rows if r["stage"] == STAGES[-1])
     newest_of = {refresh_date: run_id for refresh_date, _, run_id in finished}
     evaluate = run.settings.evaluate
-    needed = timedelta(days=evaluate.horizon_days + _WEEK if evaluate.protocol == "temporal" else 0)
+    needed = timedelta(days=evaluate.horizon_days + _LATE_DAYS if evaluate.protocol == "temporal" else 0)
     for place, what in (("_staging", "staged files"), ("_index", "index")):
         present = set(Staging(run.lake.path(place)).children())
         for refresh_date, _, run_id in finished[: -run.settings.keep_runs]:
             if run_id not in present or run_id == run.run_id:
                 continue
-            folder = Staging(run.lake.path(f"{place}/{run_id}"))
-            parts = {folder.uri}
+            gone = [folder := Staging(run.lake.path(f"{place}/{run_id}"))]
             if place == "_staging" and newest_of[refresh_date] == run_id and refresh_date + needed >= finished[-1][0]:
-                parts = {folder.path(name) for name in folder.children() if name != STAGES[0]}
-            if parts:
+                gone = [Staging(folder.path(name)) for name in folder.children() if name != STAGES[0]]
+            if gone:
                 log(f"removing the {what} of run {run_id} (keep_runs is {run.settings.keep_runs})")
-            for part in sorted(parts):
-                Staging(part).clear()
+            for one in gone:
+                one.clear()
 
 
 def plan(settings: Settings, run_date: date, *, training: bool = False) -> dict[str, Any]:
