@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from jobs.benchmark.allmrec_parts import Cost, Parts, catalogue_of, measured
 from jobs.benchmark.allmrec_rows import Options
 from jobs.run import log
 from udfs import backbone, conditional_logit
+from udfs.allmrec_reader import Catalogue, Reader
 from udfs.backbone import SEQUENCE_MODELS, Backbone, SequenceBackbone, inner_products
 from udfs.progress import Progress
 from udfs.sampled_ranking import ndcg, ranks
@@ -148,23 +150,25 @@ def _reader(options: Options, parts: Parts, other: Corpus | None) -> tuple[Any, 
     catalogue = catalogue_of(reader, corpus, joint, options)
 
     def read(x: Matrix, histories: Sequences, candidates: Ints) -> tuple[Matrix, Cost]:
-        def score() -> Matrix:
-            found = np.empty(candidates.shape, np.float32)
-            with Progress("reader", len(x), "users") as progress:
-                for start in range(0, len(x), _USERS):
-                    rows = np.arange(start, min(start + _USERS, len(x)))
-                    found[rows] = reader.score(catalogue, x[rows], histories.take(rows), candidates[rows])
-                    progress.advance(len(rows))
-            return found
-
         of_users = x if options.user else x[:, :0]  # what no prompt names makes no difference
         asked: list[np.ndarray] = [of_users, histories.indptr, histories.items, candidates, joint]
-        return parts.likelihoods(options, part, [*catalogue.prompts.texts], asked, score)
+        score = partial(_likelihoods, reader, catalogue, x, histories, candidates)
+        return parts.likelihoods(options, part, corpus.titles, asked, score)
 
     def nobody(users: Ints, histories: Sequences) -> Matrix:
         return np.zeros((len(users), 1), np.float32)
 
     return read, part.cost, model.users if model else nobody
+
+
+def _likelihoods(reader: Reader, catalogue: Catalogue, x: Matrix, histories: Sequences, candidates: Ints) -> Matrix:
+    found = np.empty(candidates.shape, np.float32)
+    with Progress("reader", len(x), "users") as progress:
+        for start in range(0, len(x), _USERS):
+            rows = np.arange(start, min(start + _USERS, len(x)))
+            found[rows] = reader.score(catalogue, x[rows], histories.take(rows), candidates[rows])
+            progress.advance(len(rows))
+    return found
 
 
 def _joined(options: Options, parts: Parts, other: Corpus | None) -> tuple[Backbone, Matrix, Matrix, Cost]:
