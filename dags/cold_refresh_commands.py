@@ -5,7 +5,8 @@ the environment of the workers when a task runs:
 
 - COLD_REFRESH_HOME: the project's folder; the one above this file by default.
 - COLD_REFRESH_PYTHON: the jobs' Python; `.venv/bin/python` of that folder by default.
-- COLD_REFRESH_SPARK_SUBMIT: when set, the stages are started by it, such as `/opt/spark/bin/spark-submit --master yarn`.
+- COLD_REFRESH_SPARK_SUBMIT: when set, stages, evaluation and report are started by it, such as
+  `/opt/spark/bin/spark-submit --master yarn`.
 - COLD_REFRESH_CONF: the settings file; `conf/demo.yaml` by default.
 - COLD_REFRESH_SET: overrides of settings, separated by spaces, such as `ray.actors=4 sampling.k=50`.
 - COLD_REFRESH_LAKE: the lake, in place of the one that the settings file names. The assets' URIs are made of it (of the

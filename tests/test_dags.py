@@ -109,6 +109,12 @@ def _query(home: AirflowHome, sql: str) -> list[tuple[Any, ...]]:
         return database.execute(sql).fetchall()
 
 
+def _script(path: Path, body: str) -> Path:
+    path.write_text(f"#!/bin/bash\n{body}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
 def test_dags_parse_fast_and_without_the_engines(parsed: dict[str, Any]) -> None:
     assert parsed["errors"] == {}
     ours = {f"cold_refresh_{name}" for name in ("nightly", "training", "evaluate", "prune")}
@@ -175,11 +181,10 @@ def test_overrides_reach_the_job_as_they_are(home: AirflowHome, tmp_path: Path) 
 
 def test_the_result_is_the_last_line_and_what_was_said_is_shown(home: AirflowHome, tmp_path: Path) -> None:
     """As under spark-submit, which hands on stderr as stdout and logs to its own stderr to the very end."""
-    script = tmp_path / "spark-submit"
-    script.write_text(
-        '#!/bin/bash\necho "error: $2"; echo \'{"a": 1}\'; echo late >&2; [[ "$*" != *"--stage gates"* ]]\n'
+    script = _script(
+        tmp_path / "spark-submit",
+        'echo "error: $2"; echo \'{"a": 1}\'; echo late >&2; [[ "$*" != *"--stage gates"* ]]',
     )
-    script.chmod(script.stat().st_mode | stat.S_IXUSR)
     code = """
 import sys
 sys.path.append(sys.argv[1])
@@ -200,13 +205,19 @@ for name in ("cf", "gates", "{{ conf }}"):
     assert "holds template marks" in printed[-1]
 
 
+@pytest.mark.parametrize("job", ["evaluate", "report"])
+def test_a_job_that_spark_submit_is_given_runs_by_its_path(job: str, tmp_path: Path) -> None:
+    asked = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), "--conf", "no.yaml", "--run-date", "2026-03-01"]
+    ended = subprocess.run(asked, capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: ")
+    assert "no.yaml" in ended.stderr
+
+
 def test_a_failed_gate_fails_the_run_and_nothing_after_it_runs(home: AirflowHome, tmp_path: Path) -> None:
     """A script in place of the jobs' Python: it notes what it is asked for, and ends the gates with status 1."""
-    script = tmp_path / "python"
-    script.write_text(
-        f'#!/bin/bash\necho "$*" >> {tmp_path}/asked\necho "it said: $*"\n[[ "$*" != *"--stage gates"* ]]\n'
-    )
-    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    body = f'echo "$*" >> {tmp_path}/asked; echo "it said: $*"; [[ "$*" != *"--stage gates"* ]]'
+    script = _script(tmp_path / "python", body)
     options = {"COLD_REFRESH_PYTHON": str(script), "COLD_REFRESH_CONF": "a b.yaml"}
     conf = json.dumps({"run_date": "2017-11-01"})
     ended = home.airflow("dags", "test", "cold_refresh_nightly", "2026-02-01", "--conf", conf, **options)
@@ -223,10 +234,8 @@ def test_the_page_of_the_date_that_is_due_is_made_anew_if_it_was_measured(
     home: AirflowHome, tmp_path: Path, metrics: int
 ) -> None:
     """A script in place of the jobs' Python: it notes what it is asked for, and answers as jobs/evaluate.py does."""
-    script = tmp_path / "python"
     answer = json.dumps({"run_date": "2017-11-01", "metrics": metrics, "note": "why not"})
-    script.write_text(f"#!/bin/bash\necho \"$*\" >> {tmp_path}/asked\necho said\necho '{answer}'\n")
-    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    script = _script(tmp_path / "python", f"echo \"$*\" >> {tmp_path}/asked; echo said; echo '{answer}'")
     options = {"COLD_REFRESH_PYTHON": str(script), "COLD_REFRESH_SET": "evaluate.k=[10]"}
     ended = home.airflow("dags", "test", "cold_refresh_evaluate", "2017-12-31T06:00:00", **options)
     assert ended.returncode == 0, ended.stdout[-4000:]
