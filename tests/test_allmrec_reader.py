@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from transformers import AutoTokenizer
 
 from tests import word_llm
 from udfs import allmrec_projections as projections
+from udfs import progress
 from udfs.allmrec_examples import AllmrecError, Examples
 from udfs.allmrec_prompt import DOMAINS, PromptOptions, Prompts
 from udfs.allmrec_reader import Catalogue, Reader
@@ -185,6 +188,15 @@ def test_what_the_soft_tokens_say_is_learnt(small: Path, user: bool, candidates:
         assert facts["history"][-1]["loss"] < 0.1 * facts["history"][0]["loss"]
     else:  # nothing else says which it is
         assert hits < 0.5
+
+
+def test_a_long_epoch_says_each_minute_how_far_it_is(small: Path, monkeypatch: pytest.MonkeyPatch):
+    lines: list[str] = []
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=itertools.count(0, 40).__next__))
+    fitted(small, replace(FAST, epochs=1), PromptOptions(), log=lines.append)
+    assert lines[0].startswith("of this epoch: ")
+    assert " of 96 users" in lines[0]
+    assert lines[-1].startswith("epoch 1/1: ")
 
 
 def test_items_are_learnt_from_their_soft_tokens_alone(small: Path):
