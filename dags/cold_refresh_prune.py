@@ -30,7 +30,7 @@ from airflow.sdk import CronDataIntervalTimetable, Param, dag, task
             70,
             type="integer",
             minimum=1,
-            description="days before the newest published night; above evaluate.horizon_days",
+            description="days before the newest published night",
         ),
         "lake": Param(None, type=["null", "string"], description="of this lake; COLD_REFRESH_LAKE by default"),
     },

@@ -6,7 +6,8 @@ A night removes the staged files and the index of finished nights, except those 
 models, A-LLMRec's parts), what a training or a night that was given up left half done, and what training runs staged stays until
 this command. It keeps
 - what was trained in the `keep_days` days before the newest published night, or later;
-- what `runs` says that the nights of these days used, or a staged stage says that it used, and what that is built on;
+- what `runs` says that the nights of these days used, and older nights of which something is still staged (they wait to be
+  measured), what a staged stage says that it used, and what all that is built on;
 - what was changed less than `keep_days` days ago by the clock, where no date is written.
 
 Of the caches (`text_embeddings`, `item_scores`) it deletes what stands under a model's or a scoring's version that is not kept;
@@ -70,8 +71,9 @@ def prune(lake: Lake, keep_days: int, now: datetime, *, dry_run: bool = False) -
     finished = {r["run_id"] for r in rows if r["stage"] == STAGES[-1]}
     staged = {name: Staging(lake.path(f"_staging/{name}")) for name in Staging(lake.path("_staging")).children()}
     abandoned = [name for name, folder in staged.items() if name not in finished and _changed(folder) < changed_since]
-    said = [json.loads(r["counts"]) for r in rows if r["refresh_date"] >= since]
-    for name in sorted(set(staged) - set(abandoned)):
+    waiting = set(staged) - set(abandoned)
+    said = [json.loads(r["counts"]) for r in rows if r["refresh_date"] >= since or r["run_id"] in waiting]
+    for name in sorted(waiting):
         stages = (Staging(staged[name].path(stage)) for stage in staged[name].children())
         said += [stage.facts() for stage in stages if stage.is_complete()]
     kept = _kept(parts, said, since)
@@ -168,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
         "--keep-days",
         type=int,
         default=70,
-        help="days before the newest published night whose parts are kept; above evaluate.horizon_days (default: %(default)s)",
+        help="days before the newest published night whose parts are kept (default: %(default)s)",
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be removed")
     args = parser.parse_args(argv)

@@ -88,6 +88,16 @@ def test_what_the_newest_nights_use_and_what_that_stands_on_stays(tmp_path: Path
     assert versions(tmp_path) == {"used", "aligned", "reader", "staged"}
 
 
+def test_what_a_night_used_stays_until_it_has_been_measured(tmp_path: Path) -> None:
+    for version in ("waiting", "measured"):
+        artifact(tmp_path, "models", version, "2026-01-01")
+    night(tmp_path, NEWEST)
+    snapshot = staged(night(tmp_path, date(2026, 3, 1), 2, model_version="waiting"), "snapshot")
+    night(tmp_path, date(2026, 3, 2), 3, model_version="measured")
+    assert prune.prune(Lake(str(tmp_path)), 60, NOW)["removed"] == {"models": 1}
+    assert (versions(tmp_path), snapshot.exists()) == ({"waiting"}, True)
+
+
 def test_what_was_given_up_goes_when_it_is_old(tmp_path: Path) -> None:
     night(tmp_path, NEWEST)
     finished = staged(night(tmp_path, date(2026, 3, 1), 2), "snapshot")
