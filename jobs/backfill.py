@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     failed: list[str] = []
 
     def job() -> dict[str, Any]:
-        days = dates(parse_run_date(args.first), parse_run_date(args.last))
+        days = dates(parse_run_date(args.first, "--from"), parse_run_date(args.last, "--to"))
         settings = cli.settings(args)
         summary = backfill(settings, args.conf, args.set, days, stop_on_failure=args.stop_on_failure)
         failed.extend(summary["failed"])

@@ -101,7 +101,7 @@ def _spaces(run: Run) -> list[tuple[date, str, dict[str, Any]]]:
             trained_on = date.fromisoformat(facts["trained_on"])
             if facts["kind"] == "cf" and trained_on <= run.run_date:
                 found.append((trained_on, version, facts))
-    return sorted(found, key=lambda space: (space[0], space[2].get("nth", 1), space[1]))
+    return sorted(found, key=lambda space: (space[0], space[2]["nth"], space[1]))
 
 
 def run(run: Run, out: Staging) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def _models(run: Run, identity: dict[str, str]) -> list[tuple[date, str]]:
             facts = artifact.facts()
             trained_on = date.fromisoformat(facts["trained_on"])
             if trained_on <= run.run_date and all(facts.get(name) == value for name, value in identity.items()):
-                found.append((trained_on, facts.get("nth", 1), version))
+                found.append((trained_on, facts["nth"], version))
     return [(trained_on, version) for trained_on, _, version in sorted(found)]
 
 

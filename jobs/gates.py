@@ -166,7 +166,7 @@ def _item_views(run: Run, items: pa.Table, placed: np.ndarray, of_strangers: pa.
     expected = items.select(["item_id", "label"]).filter(pa.array(must))
     expected = expected.append_column("embedded", pa.array(gate_views.known(expected["item_id"], embedded["item_id"])))
     return [
-        View("item_embeddings", "rows", rows.drop(columns=["refresh_date"]), ("item_id", "source")),
+        View("item_embeddings", "rows", rows, ("item_id", "source")),
         View("item_embeddings", "expected", expected.to_pandas(), ("item_id", "label")),
         View("item_embeddings", "lineage", gate_views.lineage(embedded, _LINEAGE), ("run_id", "rows")),
     ]
@@ -180,7 +180,7 @@ def _user_views(run: Run, users: pa.Table, in_space: np.ndarray) -> list[View]:
     expected = users.select(["user_id"]).filter(pa.array(in_space))
     expected = expected.append_column("embedded", pa.array(gate_views.known(expected["user_id"], embedded["user_id"])))
     return [
-        View("user_embeddings", "rows", rows.drop(columns=["refresh_date"]), ("user_id",)),
+        View("user_embeddings", "rows", rows, ("user_id",)),
         View("user_embeddings", "expected", expected.to_pandas(), ("user_id",)),
         View("user_embeddings", "lineage", gate_views.lineage(embedded, _LINEAGE), ("run_id", "rows")),
     ]
@@ -216,6 +216,7 @@ def output_views(run: Run) -> tuple[list[View], dict[str, Any]]:
         _space_view(space),
     ]
     rows = {view.title: len(view.frame) for view in views}
+    without_vector = _staged(run.staging("refresh"), "rejected_rows", ["table"])["table"].to_pylist()
     return views, {
         "run_id": [run.run_id],
         "refresh_date": [run.run_date.isoformat()],
@@ -224,10 +225,8 @@ def output_views(run: Run) -> tuple[list[View], dict[str, Any]]:
         "users_per_item": min(settings.sampling.k, _scorable(run, scored, users)),
         "items_scored": scored["items"],
         "items_to_sample": rows["sampled_interactions.expected"],
-        "items_to_embed": rows["item_embeddings.expected"],
-        "items": items.num_rows,
-        "users_to_embed": rows["user_embeddings.expected"],
-        "users": users.num_rows,
+        "items_to_embed": items.num_rows - without_vector.count("item_embeddings"),
+        "users_to_embed": users.num_rows - without_vector.count("user_embeddings"),
         "dimension": space["dimension"],
         "norm_low": settings.gates.norm_low,
         "norm_high": settings.gates.norm_high,

@@ -15,6 +15,7 @@ import pyarrow as pa
 from jobs.lake import Lake
 from jobs.run import Run
 from jobs.staging import Staging, StagingError
+from udfs.vectors import from_column
 
 if TYPE_CHECKING:
     import faiss
@@ -38,13 +39,6 @@ class ItemIndex:
         """The `top` items by inner product with `user` [dimension] float32, best first, with their scores."""
         scores, found = self.index.search(np.ascontiguousarray(user[None, :], dtype=np.float32), top)
         return [(self.item_ids[i], float(s)) for i, s in zip(found[0], scores[0], strict=True) if i >= 0]
-
-
-def matrix(table: pa.Table) -> np.ndarray:
-    """Column `embedding` as [rows, dimension] float32; every row has the same dimension (the gate has seen to it)."""
-    chunks = [c.flatten().to_numpy(zero_copy_only=False) for c in table["embedding"].chunks]
-    values = np.concatenate([*chunks, np.zeros(0, np.float32)]).astype(np.float32, copy=False)
-    return np.ascontiguousarray(values.reshape(table.num_rows, -1) if table.num_rows else values.reshape(0, 0))
 
 
 def recall(index: faiss.Index, vectors: np.ndarray, queries: np.ndarray, k: int) -> float:
@@ -116,8 +110,8 @@ def export(run: Run, items: pa.Table, users: pa.Table) -> dict[str, Any]:
 def _built(run: Run, items: pa.Table, users: pa.Table) -> ItemIndex:
     items, users = items.sort_by("item_id"), users.sort_by("user_id")
     picked = np.random.Generator(np.random.Philox(run.settings.seed)).permutation(users.num_rows)[:_QUERIES]
-    queries = matrix(users.take(pa.array(np.sort(picked))))
-    index, facts = build(matrix(items), queries, seed=run.settings.seed)
+    queries = from_column(users["embedding"].take(pa.array(np.sort(picked))))
+    index, facts = build(from_column(items["embedding"]), queries, seed=run.settings.seed)
     where = {"path": _folder(run.lake, run.run_id).path(_FILE), "run_id": run.run_id}
     return ItemIndex(
         index, items["item_id"].to_pylist(), {**facts, **where, "space_version": items["space_version"][0].as_py()}

@@ -97,8 +97,7 @@ class Lake:
         predicate = " AND ".join(f"{key} = '{value}'" for key, value in partition.items()) or None
         delta = self.table(name, version)
         # scan() gives string_view, which other engines do not know: cast at once to what the contract says.
-        batches = delta.scan(columns=columns, predicate=predicate)
-        read = pa.table(batches.read_all() if hasattr(batches, "read_all") else batches)
+        read = pa.table(delta.scan(columns=columns, predicate=predicate))
         fields = [contract.arrow_schema.field(c) for c in read.column_names]
         return read.cast(pa.schema(fields))
 

@@ -24,7 +24,9 @@ class PublishError(ColdRefreshError):
 
 
 def _rejected(run: Run) -> pa.Table:
-    table = run.staging("snapshot").read("rejected_rows")
+    columns = ["table", "key", "reason", "detail", "rows"]
+    staged = [run.staging(stage).read("rejected_rows").select(columns) for stage in ("snapshot", "refresh")]
+    table = pa.concat_tables(staged)
     n = table.num_rows
     table = table.append_column("refresh_date", pa.array([run.run_date] * n, pa.date32()))
     return table.append_column("run_id", pa.array([run.run_id] * n, pa.string()))
@@ -94,7 +96,7 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
     for name, rows in tables.items():
         replace: dict[str, Any] = {"refresh_date": run.run_date}
         if name == "rejected_rows":  # jobs.recommend has rows of this date too
-            replace["table"] = inputs
+            replace["table"] = [*inputs, *OUTPUTS]
         versions[name] = run.lake.commit(
             name, rows, app=_app(name, run), sequence=run.sequence, replace=replace, lineage=lineage
         )

@@ -22,6 +22,7 @@ from jobs import cli, item_index
 from jobs.lake import Lake
 from jobs.run import OUTPUTS, log, parse_run_date
 from schemas.errors import ColdRefreshError
+from udfs.vectors import from_column
 
 
 class NotPublishedError(ColdRefreshError):
@@ -122,12 +123,12 @@ def recommend(published: Published, user_id: str | None, top: int, *, use_index:
             f"(run {published.run_id}): no interactions of before that date"
         )
     user = users.slice(position, 1)
-    vector = item_index.matrix(user)[0]
+    vector = from_column(user["embedding"])[0]
     ids = items["item_id"].to_pylist()
     if use_index:
         best = item_index.load(published.lake, published.run_id).search(vector, top)
     else:
-        scores = item_index.matrix(items) @ vector
+        scores = from_column(items["embedding"]) @ vector
         best = [(ids[i], float(scores[i])) for i in np.argsort(-scores, kind="stable")[:top]]
     source = dict(zip(ids, items["source"].to_pylist(), strict=True))
     cold = set(pc.unique(sampled["item_id"]).to_pylist())
@@ -161,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def job() -> dict[str, Any]:
-        published = latest(cli.lake(args), parse_run_date(args.date) if args.date else None)
+        published = latest(cli.lake(args), parse_run_date(args.date, "--date") if args.date else None)
         answer = recommend(published, args.user, args.top, use_index=args.index)
         log(f"run {answer['run_id']} of {answer['refresh_date']}: the best items for user {answer['user_id']}")
         for rank, item in enumerate(answer["items"], 1):

@@ -50,6 +50,7 @@ from jobs.staging import Staging
 from schemas.errors import ColdRefreshError
 from udfs import gate_views
 from udfs.filesystems import located
+from udfs.vectors import from_column
 
 STAGE = "recommend"
 # Of section allmrec, what decides no recommendation.
@@ -162,8 +163,8 @@ def _stage(run: Run, out: Staging, published_night: Published, row: dict[str, An
     )
     users, items = published_night.user_embeddings(), published_night.item_embeddings()
     vectors = {
-        "users": (users["user_id"].to_pylist(), item_index.matrix(users)),
-        "items": (items["item_id"].to_pylist(), item_index.matrix(items)),
+        "users": (users["user_id"].to_pylist(), from_column(users["embedding"])),
+        "items": (items["item_id"].to_pylist(), from_column(items["embedding"])),
     }
     space = cf.load_space(run, published_night.space_version)
     published_side = allmrec_backbone.SpaceSide(night, space, vectors)

@@ -85,7 +85,7 @@ class _Items:
 
 
 def run(run: Run, out: Staging) -> dict[str, Any]:
-    """Leaves sampled_interactions, item_embeddings and user_embeddings, sorted by their ids.
+    """Leaves sampled_interactions, item_embeddings and user_embeddings, sorted by their ids, and rejected_rows: who has no vector.
 
     Returns:
         rows: table -> rows; sources: source -> items; users_folded_in; users_left_out: no item of theirs is in the space;
@@ -313,5 +313,24 @@ def _write(night: _Night, out: Staging, space: Space, users: Matrix, items: _Ite
     ):
         rows[name] = len(columns["user_id" if name == "user_embeddings" else "item_id"])
         out.write(name, schema(name).conform(pa.table(with_lineage(columns, rows[name]))))
+    out.write("rejected_rows", _left_out(night, with_vector, there))
     names, counts = np.unique(items.source[there].astype(str), return_counts=True)
     return {"rows": rows, "sources": dict(zip(names.tolist(), counts.tolist(), strict=True))}
+
+
+def _left_out(night: _Night, users: Mask, items: Mask) -> pa.Table:
+    """Who is not among `users` and `items`, those with a vector: columns of schemas/rejected_rows.yaml."""
+    parts = []
+    for table, ids, detail in (
+        ("user_embeddings", night.user_ids.filter(pa.array(~users)), "no item of the user's has a vector in the space"),
+        ("item_embeddings", night.item_ids.filter(pa.array(~items & night.warm)), "no user of the item's has a vector"),
+        (
+            "item_embeddings",
+            night.item_ids.filter(pa.array(~items & ~night.warm)),
+            "cold, and no user could be sampled",
+        ),
+    ):
+        same = {"table": table, "reason": "no_vector", "detail": detail}
+        columns = {name: pa.repeat(value, len(ids)) for name, value in same.items()}
+        parts.append(pa.table({**columns, "key": ids, "rows": pa.repeat(1, len(ids))}))
+    return pa.concat_tables(parts)

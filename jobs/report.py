@@ -250,14 +250,15 @@ def _texts(run: Run, items: set[str]) -> dict[str, tuple[str, str]]:
 def _rejected(run: Run) -> list[dict[str, Any]]:
     """{table, reason, meaning, rows, keys: a few} by table, most rows first."""
     groups: dict[tuple[str, str], dict[str, Any]] = {}
-    for piece in run.staging("snapshot").batches("rejected_rows", ["table", "key", "reason", "rows"]):
-        for row in piece.to_pylist():
-            group = groups.setdefault(
-                (row["table"], row["reason"]), {"rows": 0, "keys": [], "meaning": REASONS.get(row["reason"], "")}
-            )
-            group["rows"] += row["rows"]
-            if row["key"] is not None and len(group["keys"]) < _KEYS:
-                group["keys"].append(row["key"][:80])
+    for stage in ("snapshot", "refresh"):
+        for piece in run.staging(stage).batches("rejected_rows", ["table", "key", "reason", "rows"]):
+            for row in piece.to_pylist():
+                group = groups.setdefault(
+                    (row["table"], row["reason"]), {"rows": 0, "keys": [], "meaning": REASONS.get(row["reason"], "")}
+                )
+                group["rows"] += row["rows"]
+                if row["key"] is not None and len(group["keys"]) < _KEYS:
+                    group["keys"].append(row["key"][:80])
     found = [{"table": table, "reason": reason, **group} for (table, reason), group in groups.items()]
     return sorted(found, key=lambda g: (g["table"], -g["rows"], g["reason"]))
 

@@ -169,7 +169,7 @@ def find_run(settings: Settings, run_date: date, *, training: bool = False) -> t
     (begins,) = lake.sequences("runs", [_app(_opening(training), run_date)])
     existing, sequence = _begun(settings, run_date, training=training)
     sequence = max(sequence + 1, begins)
-    if existing is not None and (existing.input_versions, existing.table_ids or ids) != (current, ids):
+    if existing is not None and (existing.input_versions, existing.table_ids) != (current, ids):
         last = TRAINING_STAGES[-1] if training else STAGES[-1]
         if last in existing.recorded() or existing.refused() or not _pinned(existing):
             existing = None
@@ -186,7 +186,7 @@ def _pinned(run: Run) -> bool:
         pins = {name: run.lake.pin(tables[name], version)[1] for name, version in run.input_versions.items()}
     except LakeError:
         return False
-    return pins == (run.table_ids or pins)
+    return pins == run.table_ids
 
 
 def begun_run(settings: Settings, run_date: date, *, training: bool = False) -> Run:
@@ -221,7 +221,7 @@ def _begun(settings: Settings, run_date: date, *, training: bool) -> tuple[Run |
         return None, 0
     if (begun["conf_hash"], begun["code_version"]) != (settings.digest(), code_version()):
         return None, begun["sequence"]
-    pinned, ids = json.loads(begun["input_versions"]), json.loads(begun["counts"]).get("table_ids", {})
+    pinned, ids = json.loads(begun["input_versions"]), json.loads(begun["counts"])["table_ids"]
     run = Run(settings, run_date, begun["run_id"], begun["sequence"], pinned, begun["conf_hash"], ids)
     return run, run.sequence
 

@@ -19,13 +19,10 @@ _ARROW_TYPES: dict[str, pa.DataType] = {
     "string": pa.string(),
     "int": pa.int32(),
     "long": pa.int64(),
-    "float": pa.float32(),
     "double": pa.float64(),
-    "boolean": pa.bool_(),
     "date": pa.date32(),
     "timestamp": pa.timestamp("us", tz="UTC"),
     "array<float>": pa.list_(pa.float32()),
-    "map<string,string>": pa.map_(pa.string(), pa.string()),
 }
 
 

@@ -124,8 +124,9 @@ def refresh_tables(run: Run, cold: int = COLD) -> dict[str, pa.Table]:
         for item in [*COLD_IDS[:cold], *WARM_IDS]
     ]
     users = [{"user_id": user, "embedding": vector(), **lineage} for user in USER_IDS]
-    made = {"sampled_interactions": sampled, "item_embeddings": items, "user_embeddings": users}
-    return {name: _rows(name, rows) for name, rows in made.items()}
+    made = {"sampled_interactions": sampled, "item_embeddings": items, "user_embeddings": users, "rejected_rows": []}
+    tables = {name: _rows(name, rows) for name, rows in made.items()}
+    return {**tables, "rejected_rows": tables["rejected_rows"].drop_columns(["refresh_date", "run_id"])}
 
 
 def stage(

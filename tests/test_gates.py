@@ -80,7 +80,7 @@ OUTPUT_BREAKS: list[tuple[str, str, Break, str, str]] = [
     ("item embedded twice", ITEMS, again(0), "an item has one vector", "item_id='cold-00'"),
     ("vector without id", ITEMS, where("item_id", None), "every row names its item", "item_id=None"),
     ("unknown item", ITEMS, where("item_id", "ghost"), "every item is among tonight's items", "item_id='ghost'"),
-    ("too few vectors", ITEMS, lambda t: t.slice(3), "every item that can be placed has a vector", "found 23"),
+    ("too few vectors", ITEMS, lambda t: t.slice(3), "every item of tonight has a vector, or", "found 23"),
     (
         "cold item not covered",
         ITEMS,
@@ -112,7 +112,7 @@ OUTPUT_BREAKS: list[tuple[str, str, Break, str, str]] = [
     ("user without id", USERS, where("user_id", None), "every row names its user", "user_id=None"),
     ("unknown user embedded", USERS, where("user_id", "gone"), "every user is among tonight's users", "user_id='gone'"),
     ("user not covered", USERS, without(4), "every user of the space who is still there", "user_id='user-04'"),
-    ("too few users", USERS, without(4), "every user that can be placed has a vector", "found 11"),
+    ("too few users", USERS, without(4), "every user of tonight has a vector, or", "found 11"),
     ("user NaN", USERS, where("embedding", [float("nan")] * 4), "holds a NaN", "finite=False"),
     ("user zero", USERS, where("embedding", [0.0] * 4), "no vector is zero", "user_id='user-00'"),
     ("user dimension", USERS, where("embedding", [1.0] * 5), "the space's dimension", "dimension=5"),

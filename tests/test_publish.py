@@ -25,6 +25,7 @@ from jobs.run import OUTPUTS, STAGES, Run, execute
 from jobs.staging import StagingError
 from schemas.table import table as schema
 from tests import gated_night as night
+from udfs.vectors import from_column
 
 
 def gated(lake: Path, **kind: Any) -> Run:
@@ -254,8 +255,8 @@ def test_the_index_of_a_small_catalogue_is_exact_and_beside_the_tables(tmp_path:
     assert Path(facts["path"]) == tmp_path / "_index" / run.run_id / "items.faiss"
     index = item_index.load(run.lake, run.run_id)
     there = published.latest(run.lake)
-    items, user = there.item_embeddings(), item_index.matrix(there.user_embeddings())[3]
-    scores = item_index.matrix(items) @ user
+    items, user = there.item_embeddings(), from_column(there.user_embeddings()["embedding"])[3]
+    scores = from_column(items["embedding"]) @ user
     best = np.argsort(-scores)[:5]
     found = index.search(user, 5)
     assert [item for item, _ in found] == [items["item_id"][int(i)].as_py() for i in best]

@@ -11,11 +11,12 @@ import pyarrow as pa
 import pytest
 from deltalake import write_deltalake
 
-from jobs import item_index, publish, published
+from jobs import publish, published
 from jobs.lake import Lake
 from jobs.run import execute
 from tests import gated_night as night
 from tests.test_publish import gated
+from udfs.vectors import from_column
 
 
 def test_the_newest_night_of_a_date_or_before_is_found(tmp_path: Path) -> None:
@@ -88,7 +89,9 @@ def test_the_command_answers_as_a_ranker(tmp_path: Path, capsys: pytest.CaptureF
     reader = published.latest(run.lake)
     items, users = reader.item_embeddings(), reader.user_embeddings()
     row = users["user_id"].to_pylist().index("user-04")
-    scores = item_index.matrix(items).astype(np.float64) @ item_index.matrix(users)[row].astype(np.float64)
+    scores = from_column(items["embedding"]).astype(np.float64) @ from_column(users["embedding"])[row].astype(
+        np.float64
+    )
     best = [items["item_id"][int(i)].as_py() for i in np.argsort(-scores)]
     assert [item["item_id"] for item in answer["items"]] == best
     assert [item["item_id"] for item in answer["items"] if item["cold"]] == [i for i in best if i.startswith("cold")]

@@ -43,6 +43,7 @@ from jobs.staging import Staging
 from tests import nights, staged_night, word_llm
 from tests.recommended_night import COLD, DAY, PAIRS, night, rows_of
 from udfs import allmrec_projections
+from udfs.vectors import from_column
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -141,7 +142,7 @@ def _sides(run: Run) -> tuple[Any, Any, Any]:
     of = {}
     for name in ("user", "item"):
         rows = published.read(f"{name}_embeddings")
-        of[f"{name}s"] = rows[f"{name}_id"].to_pylist(), item_index.matrix(rows)
+        of[f"{name}s"] = rows[f"{name}_id"].to_pylist(), from_column(rows["embedding"])
     side = allmrec_backbone.SpaceSide(found, cf.load_space(run, published.facts()["space_version"]), of)
     (alignment,) = Staging(run.lake.path("_artifacts/alignments")).children()
     return found, side, allmrec_reader.spoken(run, found, alignment, side)

@@ -271,6 +271,11 @@ def test_the_next_night(tmp_path: Path) -> None:
     assert items["fresh"]["updated_at"] == datetime(2026, 3, 2, tzinfo=UTC)
     assert not {"unknown"} & set(items)
     assert not {"u2-7", "alone"} & set(users)
+    left_out = second.staging("refresh").read("rejected_rows").to_pylist()
+    assert {(r["table"], r["key"], r["reason"], r["detail"], r["rows"]) for r in left_out} == {
+        ("user_embeddings", "alone", "no_vector", "no item of the user's has a vector in the space", 1),
+        ("item_embeddings", "unknown", "no_vector", "no user of the item's has a vector", 1),
+    }
     # The deleted user is neither published nor used; those who are left share what an item's users count together.
     assert tables["sampled_interactions"]["user_id"].to_pylist() == ["u1-4", "u1-5"]
     np.testing.assert_allclose(items["new-1"]["embedding"], _reference(space, {"u1-4": 10.0, "u1-5": 5.0}), rtol=1e-5)

@@ -28,6 +28,9 @@ ITEMS["warm-3"] = "<img src=x onerror=alert(2)>"
 USERS = [f"user-{i}" for i in range(6)]
 
 
+KINDS = pa.schema([("table", pa.string()), ("key", pa.string()), ("reason", pa.string()), ("rows", pa.int64())])
+
+
 class Page(HTMLParser):
     """The tags, attributes and texts of a page."""
 
@@ -71,13 +74,22 @@ def snapshot_stage(rejected):
         for name, kind in types.items():
             pairs = pairs.set_column(pairs.schema.get_field_index(name), name, pairs[name].cast(kind))
         out.write("training_interactions", pairs)
-        kinds = pa.schema([("table", pa.string()), ("key", pa.string()), ("reason", pa.string()), ("rows", pa.int64())])
-        out.write("rejected_rows", pa.Table.from_pylist(rejected, kinds))
+        of_inputs = [row for row in rejected if row["table"] in ("interactions", "items")]
+        out.write("rejected_rows", pa.Table.from_pylist(of_inputs, KINDS))
         counts = {"users": 6, "items": 13, "warm": 8, "cold": 5, "pairs": 42}
         used = {"interactions": 42, "items": 13}
         bad = {name: sum(r["rows"] for r in rejected if r["table"] == name) for name in used}
         total = {name: used[name] + bad[name] for name in used}
         return {**counts, "rows_in": total, "rows_used": used, "rows_rejected": bad}
+
+    return stage
+
+
+def refresh_stage(rejected, cold):
+    def stage(run, out):
+        without_vector = [row for row in rejected if row["table"].endswith("_embeddings")]
+        out.write("rejected_rows", pa.Table.from_pylist(without_vector, KINDS))
+        return {"sources": {"sampled": len(cold)} if cold else {}, "scale": 1.53, "words": 0.218}
 
     return stage
 
@@ -152,6 +164,7 @@ REJECTED = [
     {"table": "interactions", "key": "user-2 y", "reason": "bad_weight", "rows": 1},
     {"table": "interactions", "key": None, "reason": "after_run_date", "rows": 4321},
     {"table": "items", "key": "z", "reason": "no_text", "rows": 1},
+    {"table": "user_embeddings", "key": "stranger", "reason": "no_vector", "rows": 1},
 ]
 
 
@@ -166,8 +179,7 @@ def night(folder, rejected=REJECTED, cold=tuple(f"cold-{i}" for i in range(5)), 
     execute(run, "snapshot", snapshot_stage(rejected))
     execute(run, "cf", lambda run, out: {"space_version": "space-1a2b", "trained": True})
     execute(run, "filterllm_train", lambda run, out: {"model_version": "model-3c4d", "trained": False})
-    placed = {"sources": {"sampled": len(cold)} if cold else {}, "scale": 1.53, "words": 0.218}
-    execute(run, "refresh", lambda run, out: placed)
+    execute(run, "refresh", refresh_stage(rejected, cold))
     execute(run, "gates", lambda run, out: {"data_docs": out.path("data_docs/index.html")})
     execute(run, "publish", publish_stage(cold))
     execute(run, "evaluate", evaluate_stage(measured))

@@ -27,7 +27,8 @@ REASONS = {
     "before_window": "happened before the window of snapshot.window_days",
     "held_out": "a pair that the given split does not train on",
     "unknown_user": "recommendations were asked for, and no interaction of before the run date is used",
-    "no_vector": "recommendations were asked for, and the user has no published vector (or none of the backbone)",
+    "no_vector": "nothing ties the user or item to the night's embedding space (or, where recommendations are asked for, the "
+    "user to the backbone)",
     "no_history": "recommendations were asked for, and no item of the user's history can be named",
     "no_candidate": "recommendations were asked for, and every published item is in the history",
     "k_core": "left over with too few others after snapshot.k_core_users and k_core_items",

@@ -133,12 +133,11 @@ def vectors(table: pa.Table, key: str, items: pa.Table | None = None) -> pd.Data
         items: items_labelled, to add `label`; null where the id is not in it.
 
     Returns:
-        the key, the other columns that are no lists, dimension (values in the vector), finite (no NaN, no infinity, not
+        the key, the other columns but lineage, dimension (values in the vector), finite (no NaN, no infinity, not
         null), norm (L2, float64; NaN unless finite).
     """
-    others = [
-        name for name in table.column_names if name not in ("embedding", "run_id", "model_version", "space_version")
-    ]
+    lineage = ("refresh_date", "run_id", "model_version", "space_version")
+    others = [name for name in table.column_names if name not in ("embedding", *lineage)]
     frame = table.select(others).to_pandas()
     dimension, norm = _norms(table["embedding"])
     frame["dimension"] = dimension

@@ -119,8 +119,7 @@ def merge(encoder: TextEncoder, files: dict[str, bytes]) -> None:
     try:
         config: dict[str, Any] = json.loads(files[_CONFIG])
         tensors = safetensors.torch.load(files[_WEIGHTS])
-        layers = config.get("layers") or _layers(encoder, "attention")
-        _attach(encoder, layers, rank=config["rank"], alpha=config["alpha"], dropout=0.0, seed=0)
+        _attach(encoder, config["layers"], rank=config["rank"], alpha=config["alpha"], dropout=0.0, seed=0)
     except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise LoraError(f"saved adapters cannot be read: {error}; remove the model's folder and train again") from error
     expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(encoder.model).items()}

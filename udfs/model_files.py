@@ -79,7 +79,7 @@ def find_model(name: str, sha256: str | None = None, cache: Path | None = None) 
     elif re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         directory = _from_hub(name)
     else:
-        raise ModelError(f"text.model {name!r}: no such directory. Known names are minilm and smollm2")
+        raise ModelError(f"language model {name!r}: no such directory. Known names are minilm and smollm2")
     _require_whole(directory, name)
     if sha256:
         _checked(directory / "model.safetensors", sha256)
@@ -102,7 +102,7 @@ def _checked(file: Path, expected: str) -> str:
     if found != expected.lower():
         raise ModelError(
             f"model file {file} has SHA-256 {found}, but {expected} is expected. "
-            "Install the model anew, or name the hash you trust in text.sha256"
+            "Install the model anew, or name the hash you trust in its setting sha256"
         )
     return found
 
@@ -123,11 +123,11 @@ def _require_whole(directory: Path, name: str) -> None:
     """Raises ModelError unless `directory` holds a configuration and all of its safetensors."""
     if not (directory / "config.json").is_file():
         raise ModelError(
-            f"text.model {name!r}: {directory} has no config.json, so it is no Hugging Face model directory"
+            f"language model {name!r}: {directory} has no config.json, so it is no Hugging Face model directory"
         )
     missing = _missing_weights(directory)
     if missing:
-        raise ModelError(f"text.model {name!r}: {directory} lacks {missing}; only safetensors weights are read")
+        raise ModelError(f"language model {name!r}: {directory} lacks {missing}; only safetensors weights are read")
 
 
 def _missing_weights(directory: Path) -> list[str]:
@@ -178,13 +178,13 @@ def _from_hub(name: str) -> Path:
     except OSError:  # of which the hub client's "not in the cache" is one: fetch it
         pass
     except ValueError as error:
-        raise ModelError(f"text.model {name!r} is neither a directory nor a hub id: {error}") from error
+        raise ModelError(f"language model {name!r} is neither a directory nor a hub id: {error}") from error
     try:
         return snapshot(False)
     except Exception as error:  # the hub client raises errors of several libraries
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"text.model {name!r}: no such directory, and as a hub id it could not be fetched ({reason}). "
+            f"language model {name!r}: no such directory, and as a hub id it could not be fetched ({reason}). "
             "Known names are minilm and smollm2; without network access (or with HF_HUB_OFFLINE=1) name a directory"
         ) from error
 
