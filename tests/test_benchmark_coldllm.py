@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
@@ -61,3 +62,6 @@ def test_the_filter_keeps_users_of_the_topic_and_the_judge_scores_them(
     monkeypatch.undo()
     as_it_comes = coldllm.JudgeOptions(model=str(small), history=3, fit_users=0)
     assert "auc" not in coldllm.judge(titles, indptr, indices, cold, users, as_it_comes)[1]
+    tuned, _ = coldllm.judge(titles, indptr, indices, cold, users, replace(options, tune_steps=2))
+    assert tuned.shape == scores.shape
+    assert np.abs(tuned - scores).max() > 1e-4

@@ -10,7 +10,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from tests import small_llm
-from udfs.judged_pairs import closest, recent, training_pairs
+from udfs.judged_pairs import recent, training_pairs
 from udfs.judgment import Judge
 from udfs.judgment_training import Options, fine_tune, fit_answer
 
@@ -24,17 +24,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_recent_items_are_the_last() -> None:
     assert [chosen.tolist() for chosen in recent(INDPTR, INDICES, 3)] == [[1, 7, 2], [], [5], [6, 0, 4]]
-
-
-def test_closest_items_are_those_of_the_highest_cosine() -> None:
-    states = np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32)
-    items = np.random.default_rng(1).normal(size=(2, 5)).astype(np.float32)
-    users, rows = np.array([0, 3, 0]), np.array([0, 1, 1])
-    found = closest(INDPTR, INDICES, 2, users, rows, states, items)
-    for user, row, chosen in zip(users, rows, found, strict=True):
-        own = INDICES[INDPTR[user] : INDPTR[user + 1]]
-        cosine = states[own] @ items[row] / np.linalg.norm(states[own], axis=1)
-        assert chosen.tolist() == own[np.argsort(cosine)[-2:]].tolist()
 
 
 def test_training_pairs_are_true_and_false_and_not_in_the_history() -> None:

@@ -11,8 +11,6 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from udfs.vectors import Matrix
-
 Ints = NDArray[np.int64]
 
 
@@ -20,25 +18,6 @@ def recent(indptr: Ints, indices: Ints, length: int) -> list[Ints]:
     """The last `length` items of each user, the most recent last."""
     ends = pairwise(indptr)
     return [indices[max(start, stop - length) : stop] for start, stop in ends]
-
-
-def closest(
-    indptr: Ints, indices: Ints, length: int, users: Ints, items: Ints, states: Matrix, item_states: Matrix
-) -> list[Ints]:
-    """The `length` items of each pair's user that are closest to the pair's item by cosine, the closest last.
-
-    Histories differ from pair to pair, so no two pairs share a prefix. Equal cosines: the later item is closer.
-
-    Args:
-        users, items: [n], rows of the CSR and of `item_states`.
-        states: [I, width] of the items in `indices`; item_states: [m, width].
-    """
-    rows = states / np.maximum(np.linalg.norm(states, axis=1, keepdims=True), 1e-12)
-    found = []
-    for user, item in zip(users, items, strict=True):
-        own = indices[indptr[user] : indptr[user + 1]]
-        found.append(own[np.argsort(rows[own] @ item_states[item], kind="stable")[-length:]])
-    return found
 
 
 @dataclass(frozen=True)

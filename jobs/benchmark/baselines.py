@@ -7,12 +7,14 @@ must be tuned is tuned on the validation part.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from jobs import allmrec_night
 from jobs.benchmark import coldllm
 from jobs.benchmark.datasets import data_folder
 from jobs.benchmark.measured import Measured
@@ -57,18 +59,19 @@ def released(night: Measured) -> np.ndarray:
     return _folded(night, users[there], items[there], np.ones(int(there.sum())), len(cold), "coldllm")
 
 
-def text_to_judgment(night: Measured) -> np.ndarray:
+def text_to_judgment(night: Measured, tune_steps: int = 0) -> np.ndarray:
     """ColdLLM's way with the project's own language model: two towers keep 20 users, SmolLM2 says Yes or No to each."""
     from jobs import text_embeddings
 
-    catalog = night.catalog
+    catalog, settings = night.catalog, night.run.settings
     cold = np.flatnonzero(catalog.cold)
     trained = night.run.staging("filterllm_train").facts()
     states = text_embeddings.load(night.run, [str(sha) for sha in catalog.text_sha256], trained["encoder_version"])
-    history = catalog.history.tocsr()
-    indptr, indices = history.indptr.astype(np.int64), history.indices.astype(np.int64)
+    histories = allmrec_night.read(night.run.staging("snapshot")).histories
+    indptr, indices = histories.indptr, histories.items
     users = coldllm.candidates(states, indptr, indices, cold)
-    options = coldllm.JudgeOptions(seed=night.run.settings.seed, dtype="bfloat16")
+    device = "cuda" if settings.ray.gpus_per_actor else "cpu"
+    options = coldllm.JudgeOptions(seed=settings.seed, dtype="bfloat16", device=device, tune_steps=tune_steps)
     titles = [text or "" for text in catalog.texts]
     folder = Path(night.run.staging("text_to_judgment").uri)
     yes, facts = coldllm.judge(titles, indptr, indices, cold, users, options, folder)
@@ -82,6 +85,7 @@ BASELINES: dict[str, Callable[[Any], np.ndarray | None]] = {
     "TF-IDF ridge to the CF space": tfidf_ridge,
     "ColdLLM 7B's released interactions": released,
     "text to judgment (SmolLM2)": text_to_judgment,
+    "text to judgment (SmolLM2, fine-tuned)": partial(text_to_judgment, tune_steps=300),
 }
 
 #: Baselines that are there for one data set only.

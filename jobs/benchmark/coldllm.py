@@ -19,9 +19,9 @@ from jobs.benchmark.kept import Kept
 from jobs.run import log
 from udfs import two_tower
 from udfs.allmrec_examples import identity
-from udfs.judged_pairs import recent, training_pairs
+from udfs.judged_pairs import Pairs, recent, training_pairs
 from udfs.judgment import Judge
-from udfs.judgment_training import fit_answer
+from udfs.judgment_training import Options, fine_tune, fit_answer
 from udfs.model_files import find_model
 from udfs.progress import Progress
 from udfs.vectors import Matrix
@@ -50,12 +50,13 @@ def candidates(
 @dataclass(frozen=True)
 class JudgeOptions:
     """history: titles of a user; fit_users: users to fit the answer to, of whom each gives fit_items true pairs; 0 asks
-    the model as it comes."""
+    the model as it comes. tune_steps: steps of LoRA on these pairs behind that, as ColdLLM tunes its model."""
 
     model: str = "smollm2"
     history: int = 10
     fit_users: int = 300
     fit_items: int = 4
+    tune_steps: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "cpu"
     seed: int = 7
@@ -73,8 +74,9 @@ def judge(
     """ColdLLM's refining: p(Yes) [len(cold), k] float32 of each cold item's users, and facts of the judge.
 
     Args:
-        titles: of all items; the other arguments are those of `candidates`, and `users` [len(cold), k] what it gives.
-        folder: where what is done is kept: a judging of hours that was stopped goes on from there.
+        titles: of all items; the other arguments are those of `candidates`, and `users` [len(cold), k] what it gives. A
+        user's last items are its most recent ones.
+        folder: where what is done is kept: a judging of hours that was stopped goes on from there (but tunes anew).
     """
     model = Judge(find_model(options.model).directory, dtype=options.dtype, device=options.device)
     name = identity([asdict(options), list(titles)], indptr, indices, cold, users)[:16]
@@ -84,13 +86,23 @@ def judge(
 
     facts: dict[str, Any] = {"pairs": int(users.size), "seconds": 0.0}
     if options.fit_users:
-        fitted = kept("fit", lambda: _fit(model, titles, indptr, indices, options))
+        warm = np.unique(indices)
+        known = training_pairs(
+            indptr, np.searchsorted(warm, indices), len(warm),
+            users=options.fit_users, per_user=options.fit_items, length=options.history, seed=options.seed,
+        )  # fmt: skip
+        of_users = [[titles[warm[item]] for item in history] for history in known.histories]
+        of_items = [titles[item] for item in warm]
+        fitted = kept("fit", lambda: _fit(model, of_users, of_items, known))
         model.direction = torch.tensor(fitted.pop("direction"), device=model.direction.device)
         model.bias = fitted.pop("bias")
         facts |= fitted
         log(
             f"judge: fitted to {fitted['fitted_pairs']} pairs, area under the ROC curve of held-out users {fitted['auc']:.3f}"
         )
+        if options.tune_steps:
+            how = Options(steps=options.tune_steps, seed=options.seed)
+            fine_tune(model, of_users, of_items, known.users, known.items, known.labels, how, log)
     histories = [[titles[item] for item in history] for history in recent(indptr, indices, options.history)]
     names = [titles[item] for item in cold]
     pairs, rows = users.ravel(), np.repeat(np.arange(len(cold)), users.shape[1])
@@ -113,14 +125,8 @@ def judge(
     return (1 / (1 + np.exp(-scores.reshape(users.shape)))).astype(np.float32), facts
 
 
-def _fit(model: Judge, titles: Sequence[str], indptr: Ints, indices: Ints, options: JudgeOptions) -> dict[str, Any]:
+def _fit(model: Judge, histories: list[list[str]], titles: list[str], known: Pairs) -> dict[str, Any]:
     """Fit the answer to true pairs of warm items against others."""
-    warm = np.unique(indices)
-    known = training_pairs(
-        indptr, np.searchsorted(warm, indices), len(warm),
-        users=options.fit_users, per_user=options.fit_items, length=options.history, seed=options.seed,
-    )  # fmt: skip
-    of_users = [[titles[warm[item]] for item in history] for history in known.histories]
-    states = model.states(of_users, [titles[item] for item in warm], known.users, known.items)
+    states = model.states(histories, titles, known.users, known.items)
     auc = fit_answer(model, states, known.labels, known.users)
     return {"fitted_pairs": len(known.labels), "auc": auc, "direction": model.direction.tolist(), "bias": model.bias}
