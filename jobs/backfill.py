@@ -24,7 +24,7 @@ from datetime import date, timedelta
 from typing import Any
 
 from jobs import cli
-from jobs.run import log, parse_run_date
+from jobs.run import log, parse_new_run_date
 from jobs.settings import Settings, SettingsError
 from schemas.errors import ColdRefreshError
 
@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     failed: list[str] = []
 
     def job() -> dict[str, Any]:
-        days = dates(parse_run_date(args.first, "--from"), parse_run_date(args.last, "--to"))
+        days = dates(parse_new_run_date(args.first, "--from"), parse_new_run_date(args.last, "--to"))
         settings = cli.settings(args)
         summary = backfill(settings, args.conf, args.set, days, stop_on_failure=args.stop_on_failure)
         failed.extend(summary["failed"])

@@ -18,7 +18,7 @@ from datetime import date, timedelta
 from typing import Any
 
 from jobs import cli, ray_cluster, text_embeddings
-from jobs.run import STAGES, TRAINING_STAGES, Run, begun_run, execute, find_run, log, open_run, parse_run_date
+from jobs.run import STAGES, TRAINING_STAGES, Run, begun_run, execute, find_run, log, open_run, parse_new_run_date
 from jobs.settings import Settings, SettingsError
 from jobs.staging import Staging
 
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--train has no stage {args.stage}; it runs {', '.join(TRAINING_STAGES)}")
 
     def job() -> dict[str, Any]:
-        settings, run_date = cli.settings(args), parse_run_date(args.run_date)
+        settings, run_date = cli.settings(args), parse_new_run_date(args.run_date)
         if args.dry_run:
             return plan(settings, run_date, training=args.train)
         return refresh(settings, run_date, args.stage, training=args.train)

@@ -2,9 +2,9 @@
 
     python -m jobs.evaluate --conf conf/demo.yaml --run-date 2017-11-01
 
-As a stage it measures with the truth that the run's pinned tables hold. As a command it measures a published date again,
-with what has become known since, and replaces that run's rows in `metrics`: a date that is named, or (every morning, say) the
-one whose truth is whole by then:
+As a stage it measures with the truth that the run's pinned tables hold, if that is whole: on the night itself the users' time
+(evaluate.horizon_days) has only begun. As a command it measures a published date with what is known by now, and replaces that
+run's rows in `metrics`: a date that is named, or (every morning, say) the one whose truth is whole by then:
 
     python -m jobs.evaluate --conf conf/demo.yaml --due 2017-12-31
 """
@@ -56,7 +56,7 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
         output_versions if something was.
     """
     catalog = truth.catalog(run)
-    return _evaluate(run, catalog, truth.read(run, catalog), f"metrics/{run.run_id}", 0)
+    return _evaluate(run, catalog, truth.read(run, catalog, whole=True), f"metrics/{run.run_id}", 0)
 
 
 def _evaluate(run: Run, catalog: Catalog, found: Truth, app: str, sequence: int) -> dict[str, Any]:
@@ -265,6 +265,7 @@ def published_run(settings: Settings, run_date: date) -> Run:
         )
     pinned = json.loads(latest["input_versions"])
     run = Run(settings, run_date, latest["run_id"], latest["sequence"], pinned, latest["conf_hash"])
+    recorded = run.recorded().get("snapshot", {})
     if (latest["conf_hash"], latest["code_version"]) != (settings.digest(), code_version()):
         if not run.staging("snapshot").is_complete():
             raise NotPublishedError(
@@ -275,7 +276,13 @@ def published_run(settings: Settings, run_date: date) -> Run:
             f"note: run {run.run_id} was made with other settings or code than these; its own data is evaluated with these"
         )
     # Its staged files may have been removed since: the snapshot is made again from the versions that the run pinned.
-    execute(run, "snapshot", snapshot.run)
+    made = execute(run, "snapshot", snapshot.run)
+    if any(made.get(name) != recorded.get(name) for name in ("training_digest", "items_digest")):
+        run.staging("snapshot").clear()
+        raise NotPublishedError(
+            f"the staged snapshot of run {run.run_id} is gone (keep_runs), and made again from the versions that it pinned it is "
+            "another one: an input table was made anew since. This date cannot be measured any more"
+        )
     return run
 
 
@@ -286,10 +293,14 @@ def _published_row(settings: Settings, run_date: date) -> dict[str, Any] | None:
 
 def due(settings: Settings, day: date) -> dict[str, Any]:
     """Evaluate the date whose evaluate.horizon_days end with the midnight at which `day` begins; a note if nothing was published
-    then. Raises as `again`."""
+    then, or the protocol knows no such date. Raises as `again`."""
     run_date = day - timedelta(days=settings.evaluate.horizon_days)
-    if _published_row(settings, run_date) is None:
+    note = None
+    if settings.evaluate.protocol != "temporal":
+        note = f"evaluate.protocol is {settings.evaluate.protocol}: no date is ever due"
+    elif _published_row(settings, run_date) is None:
         note = f"no run of {run_date} has published: on {day} there is nothing to measure"
+    if note:
         log(f"[evaluate] {note}")
         return {"run_date": run_date.isoformat(), "metrics": 0, "note": note}
     return again(settings, run_date)

@@ -159,6 +159,8 @@ def _item_views(run: Run, items: pa.Table, placed: np.ndarray, of_strangers: pa.
     rows = gate_views.vectors(embedded, "item_id", items)
     warm = rows.loc[rows["finite"] & (rows["label"] == "warm"), "norm"]
     rows["norm_share"] = rows["norm"] / (warm.median() if len(warm) else np.nan)
+    # They may be few beside the warm ones, which would outvote them.
+    rows["new_norm_share"] = rows["norm_share"].where(rows["source"] != "cf")
     rows["known"] = rows.pop("label").notna()
     rows["days_ahead"] = (rows["updated_at"] - run.midnight).dt.total_seconds() / 86400
     must = np.asarray(pc.is_valid(items["content"]).to_numpy(), dtype=bool) | placed

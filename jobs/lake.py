@@ -20,6 +20,8 @@ from schemas.table import Table
 from schemas.table import table as schema
 
 _ATTEMPTS = 5
+# `runs` names versions: by default Delta's log forgets those of before a checkpoint after 30 days.
+_PROPERTIES = {"delta.logRetentionDuration": "interval 3650 days"}
 # What tells where a store is, and who asks.
 _OF_THE_ENVIRONMENT = re.compile("endpoint|region|key|secret|token|account|credential|profile|http", re.IGNORECASE)
 # Of tables that another engine made. The last one delta-rs writes, but readers would then find nulls.
@@ -61,6 +63,8 @@ class Lake:
         try:
             return DeltaTable(self.path(name), version=version, storage_options=self.options or None)
         except TableNotFoundError:
+            if version is not None and self.exists(name):
+                raise LakeError(f"table '{name}' at {self.path(name)} has no version {version} any more") from None
             raise LakeError(
                 f"no Delta table '{name}' at {self.path(name)}; `python -m jobs.ingest` makes one"
             ) from None
@@ -97,9 +101,25 @@ class Lake:
         predicate = " AND ".join(f"{key} = '{value}'" for key, value in partition.items()) or None
         delta = self.table(name, version)
         # scan() gives string_view, which other engines do not know: cast at once to what the contract says.
-        read = pa.table(delta.scan(columns=columns, predicate=predicate))
+        try:
+            read = pa.table(delta.scan(columns=columns, predicate=predicate))
+        except (pa.ArrowException, OSError, DeltaError) as error:
+            raise LakeError(
+                f"table '{name}' at {self.path(name)}, version {delta.version()}, cannot be read (vacuumed?): {error}"
+            ) from error
         fields = [contract.arrow_schema.field(c) for c in read.column_names]
         return read.cast(pa.schema(fields))
+
+    def read_date(self, name: str, refresh_date: date, version: int, *, columns: list[str] | None = None) -> pa.Table:
+        """A date's rows of an output table as they were at `version`; where that is gone, as they are now.
+
+        Raises:
+            LakeError: as `read`, of the newest version.
+        """
+        try:
+            return self.read(name, columns=columns, version=version, refresh_date=refresh_date)
+        except LakeError:
+            return self.read(name, columns=columns, refresh_date=refresh_date)
 
     def commit(
         self,
@@ -135,6 +155,7 @@ class Lake:
                     contract.arrow_schema,
                     mode="error",
                     partition_by=partitions,
+                    configuration=_PROPERTIES,
                     description=contract.doc[:500],
                     storage_options=self.options or None,
                 )

@@ -56,10 +56,13 @@ def prune(lake: Lake, keep_days: int, now: datetime, *, dry_run: bool = False) -
     """Remove what the module says, or with `dry_run` only name it; how many of each kind, and their bytes.
 
     Raises:
-        SettingsError: keep_days is less than 1.
+        SettingsError: keep_days is less than 1, or there is no such lake.
     """
     if keep_days < 1:
         raise SettingsError(f"--keep-days is {keep_days}: at least the newest day must be kept")
+    filesystem, root = located(lake.uri)
+    if filesystem.get_file_info(root).type != fs.FileType.Directory:
+        raise SettingsError(f"--lake {lake.uri}: there is no such folder")
     rows = lake.read("runs", columns=["refresh_date", "run_id", "stage", "counts"]).to_pylist()
     published = [r["refresh_date"] for r in rows if r["stage"] == "publish"]
     summary: dict[str, Any] = {"lake": lake.uri, "dry_run": dry_run, "removed": {}, "bytes": 0}

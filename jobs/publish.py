@@ -15,8 +15,11 @@ from jobs import gates, item_index
 from jobs.run import OUTPUTS, Run, code_version, log
 from jobs.staging import Staging
 from schemas.errors import ColdRefreshError
+from schemas.table import table as schema
 
 TABLES = ("rejected_rows", *OUTPUTS)
+# What a stage leaves of rejected_rows; the rest is lineage.
+_STAGED = ("table", "key", "reason", "detail", "rows")
 
 
 class PublishError(ColdRefreshError):
@@ -24,9 +27,10 @@ class PublishError(ColdRefreshError):
 
 
 def _rejected(run: Run) -> pa.Table:
-    columns = ["table", "key", "reason", "detail", "rows"]
-    staged = [run.staging(stage).read("rejected_rows").select(columns) for stage in ("snapshot", "refresh")]
-    table = pa.concat_tables(staged)
+    # Spark says of a constant column that it has no nulls, Arrow does not.
+    types = pa.schema([pa.field(c.name, c.arrow_type) for c in schema("rejected_rows").columns if c.name in _STAGED])
+    staged = [run.staging(stage).read("rejected_rows").select(types.names) for stage in ("snapshot", "refresh")]
+    table = pa.concat_tables(part.cast(types) for part in staged)
     n = table.num_rows
     table = table.append_column("refresh_date", pa.array([run.run_date] * n, pa.date32()))
     return table.append_column("run_id", pa.array([run.run_id] * n, pa.string()))

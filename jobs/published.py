@@ -42,13 +42,13 @@ class Published:
 
     def _read(self, name: str) -> pa.Table:
         version = self.versions[name]
-        table = self.lake.read(name, version=version, refresh_date=self.refresh_date)
+        table = self.lake.read_date(name, self.refresh_date, version)
         for column, expected in (("run_id", self.run_id), ("space_version", self.space_version)):
             others = [v for v in pc.unique(table[column]).to_pylist() if v != expected]
             if others:
                 raise NotPublishedError(
                     f"table '{name}' version {version} holds rows of {self.refresh_date} with {column} {others[:3]}, and "
-                    f"`runs` says {expected!r}: the table was written by something else; publish the night again"
+                    f"`runs` says {expected!r}: they were replaced; publish the night again"
                 )
         return table
 
@@ -57,7 +57,7 @@ class Published:
 
         Raises:
             NotPublishedError: its rows are not of this run and space.
-            jobs.lake.LakeError: the version is gone (vacuumed).
+            jobs.lake.LakeError: the rows are gone (deleted and vacuumed).
         """
         return self._read("sampled_interactions").sort_by([("item_id", "ascending"), ("rank", "ascending")])
 

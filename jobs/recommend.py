@@ -219,7 +219,7 @@ def night_snapshot(run: Run, before: Run, row: dict[str, Any]) -> Staging:
     that the night pinned. `row`: the night's conf_hash and code_version.
 
     Raises:
-        RecommendError: it would be another one, since the settings or the code are others.
+        RecommendError: it would be another one, since the settings, the code or the input tables are others.
     """
     staged = before.staging("snapshot")
     if staged.is_complete():
@@ -232,7 +232,12 @@ def night_snapshot(run: Run, before: Run, row: dict[str, Any]) -> Staging:
     log(f"[recommend] the staged snapshot of {before.run_id} is gone: made again from {run.input_versions}")
     from jobs import snapshot  # Spark: only where it is needed
 
-    execute(run, "snapshot", snapshot.run)
+    made, recorded = execute(run, "snapshot", snapshot.run), before.recorded().get("snapshot", {})
+    if any(made.get(name) != recorded.get(name) for name in ("training_digest", "items_digest")):
+        raise RecommendError(
+            f"the snapshot of the night {before.run_id} made again is another one: an input table was made anew since. Name a "
+            "later night"
+        )
     return run.staging("snapshot")
 
 

@@ -71,7 +71,7 @@ def render(run: Run) -> str:
         "probability": _probabilities(sampled),
         "reliability": _reliability(metrics),
         "examples": _examples(run, sampled),
-        "rejected": _rejected(run),
+        "rejected": _rejected(run, facts.get("publish", {}).get("output_versions", {})),
         "rows": _rows(facts),
         "timings": _timings(facts),
         "lineage": _lineage(run, facts),
@@ -145,7 +145,7 @@ def _sampled(run: Run, facts: dict[str, dict[str, Any]]) -> pa.Table:
     """item_id, user_id, rank, probability of the run's published sampled interactions."""
     version = facts["publish"]["output_versions"]["sampled_interactions"]
     columns = ["item_id", "user_id", "rank", "probability", "run_id"]
-    rows = run.lake.read("sampled_interactions", columns=columns, version=version, refresh_date=run.run_date)
+    rows = run.lake.read_date("sampled_interactions", run.run_date, version, columns=columns)
     return rows.filter(pc.equal(rows["run_id"], run.run_id)).drop_columns(["run_id"])
 
 
@@ -247,18 +247,21 @@ def _texts(run: Run, items: set[str]) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _rejected(run: Run) -> list[dict[str, Any]]:
+def _rejected(run: Run, published: dict[str, int]) -> list[dict[str, Any]]:
     """{table, reason, meaning, rows, keys: a few} by table, most rows first."""
+    if "rejected_rows" not in published:
+        return []
+    columns = ["table", "key", "reason", "rows", "run_id"]
+    rows = run.lake.read_date("rejected_rows", run.run_date, published["rejected_rows"], columns=columns)
     groups: dict[tuple[str, str], dict[str, Any]] = {}
-    for stage in ("snapshot", "refresh"):
-        for piece in run.staging(stage).batches("rejected_rows", ["table", "key", "reason", "rows"]):
-            for row in piece.to_pylist():
-                group = groups.setdefault(
-                    (row["table"], row["reason"]), {"rows": 0, "keys": [], "meaning": REASONS.get(row["reason"], "")}
-                )
-                group["rows"] += row["rows"]
-                if row["key"] is not None and len(group["keys"]) < _KEYS:
-                    group["keys"].append(row["key"][:80])
+    for batch in rows.filter(pc.equal(rows["run_id"], run.run_id)).to_batches(10_000):
+        for row in batch.to_pylist():
+            group = groups.setdefault(
+                (row["table"], row["reason"]), {"rows": 0, "keys": [], "meaning": REASONS.get(row["reason"], "")}
+            )
+            group["rows"] += row["rows"]
+            if row["key"] is not None and len(group["keys"]) < _KEYS:
+                group["keys"].append(row["key"][:80])
     found = [{"table": table, "reason": reason, **group} for (table, reason), group in groups.items()]
     return sorted(found, key=lambda g: (g["table"], -g["rows"], g["reason"]))
 

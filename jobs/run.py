@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from importlib.metadata import version
 from typing import Any
 
@@ -53,6 +53,16 @@ def parse_run_date(text: str, option: str = "--run-date") -> date:
         return datetime.strptime(text, "%Y-%m-%d").date()
     except ValueError:
         raise SettingsError(f"{option} {text!r} is no date; expected YYYY-MM-DD, such as 2026-01-31") from None
+
+
+def parse_new_run_date(text: str, option: str = "--run-date") -> date:
+    """`text` as the date of a run that may publish. Raises SettingsError as `parse_run_date` does, and for a date to come."""
+    run_date = parse_run_date(text, option)
+    if run_date > datetime.now(UTC).date() + timedelta(days=1):
+        raise SettingsError(
+            f"{option} {run_date} is still to come: published, it would hide every night before it from the readers"
+        )
+    return run_date
 
 
 def log(message: str) -> None:

@@ -131,6 +131,9 @@ class Staging:
         """Remove what a killed stage may have left."""
         filesystem, root = located(self.uri)
         if filesystem.get_file_info(root).type == fs.FileType.Directory:
+            # First what says that it is whole: killed half way, the rest is not.
+            if filesystem.get_file_info(f"{root}/{MANIFEST}").type == fs.FileType.File:
+                filesystem.delete_file(f"{root}/{MANIFEST}")
             filesystem.delete_dir(root)
 
     def children(self) -> list[str]:

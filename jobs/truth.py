@@ -16,6 +16,7 @@ from jobs.run import Run
 from jobs.spark_session import session, spark_path
 from jobs.staging import Staging
 from schemas.errors import ContractError
+from udfs.cleaning import usable_weight
 from udfs.floors import id_hashes
 from udfs.ranking_metrics import Ints, Task, task
 
@@ -74,7 +75,7 @@ def catalog(run: Run) -> Catalog:
     )
 
 
-def read(run: Run, catalog: Catalog, version: int | None = None) -> Truth:
+def read(run: Run, catalog: Catalog, version: int | None = None, *, whole: bool = False) -> Truth:
     """The truth by the protocol of the settings (evaluate.protocol).
 
     random_item: the part `evaluate.part` of the given split (FilterLLM, arXiv 2502.16924, and the methods it is compared
@@ -84,7 +85,8 @@ def read(run: Run, catalog: Catalog, version: int | None = None) -> Truth:
 
     Args:
         version: of the interactions table (temporal); the one the run pinned by default, which on the night itself holds
-            nothing yet of what comes after.
+            nothing yet, or next to nothing, of what comes after.
+        whole: (temporal) no truth before the last day of the horizon has begun.
     """
     settings = run.settings.evaluate
     if settings.protocol == "none":
@@ -92,7 +94,7 @@ def read(run: Run, catalog: Catalog, version: int | None = None) -> Truth:
     spark = session(run.settings.spark)
     if settings.protocol == "random_item":
         return _random_item(run, catalog, spark)
-    return _temporal(run, catalog, spark, run.input_versions["interactions"] if version is None else version)
+    return _temporal(run, catalog, spark, run.input_versions["interactions"] if version is None else version, whole)
 
 
 def _numbered(run: Run, spark: SparkSession, pairs: DataFrame) -> DataFrame:
@@ -142,13 +144,20 @@ def _random_item(run: Run, catalog: Catalog, spark: SparkSession) -> Truth:
     return _truth(run, catalog, {"cold": cold, "warm": warm}, truths, known, facts)
 
 
-def _temporal(run: Run, catalog: Catalog, spark: SparkSession, version: int) -> Truth:
+def _temporal(run: Run, catalog: Catalog, spark: SparkSession, version: int, whole: bool) -> Truth:
     from pyspark.sql import functions as F
 
     until = run.midnight + timedelta(days=run.settings.evaluate.horizon_days)
-    weight = F.coalesce("weight", F.lit(1.0))
-    events = inputs.interactions(spark, run, version=version).where(
-        (F.col("event_time") >= F.lit(run.midnight)) & (F.col("event_time") < F.lit(until)) & (weight > 0)
+    known = inputs.interactions(spark, run, version=version)
+    if whole:
+        last_day = until - timedelta(days=1)
+        if known.where(F.col("event_time") >= F.lit(last_day)).isEmpty():
+            note = f"measured when the events of up to {last_day.date()} are known (jobs.evaluate), which are still to come"
+            return Truth(
+                {}, {"protocol": "temporal", "from": str(run.run_date), "until": str(until.date()), "note": note}
+            )
+    events = known.where(
+        (F.col("event_time") >= F.lit(run.midnight)) & (F.col("event_time") < F.lit(until)) & usable_weight()
     )
     trained = spark.read.parquet(spark_path(run.staging("snapshot").path("training_interactions")))
     later = (

@@ -73,8 +73,14 @@ def snapshot_tables(cold: int = COLD) -> dict[str, pa.Table]:
         "training_interactions": _rows("training_interactions", training),
         "users": _rows("users", [{"user_id": u, "user_idx": i, "interactions": 3} for i, u in enumerate(USER_IDS)]),
         "items_labelled": _rows("items_labelled", labelled),
-        "rejected_rows": _rows("rejected_rows", rejected).drop_columns(["refresh_date", "run_id"]),
+        "rejected_rows": _as_spark(_rows("rejected_rows", rejected).drop_columns(["refresh_date", "run_id"])),
     }
+
+
+def _as_spark(rejected: pa.Table) -> pa.Table:
+    """With the column that Spark makes of a constant: it cannot be null."""
+    at = rejected.schema.get_field_index("table")
+    return rejected.cast(rejected.schema.set(at, pa.field("table", pa.string(), nullable=False)))
 
 
 def snapshot_facts(tables: dict[str, pa.Table]) -> dict[str, Any]:

@@ -165,6 +165,14 @@ def clean_items(items: DataFrame, midnight: datetime, prompt: str, max_text_byte
     return kept, rejected
 
 
+def usable_weight() -> Column:
+    """Column `weight` is a finite number above 0; one that is null counts as 1."""
+    from pyspark.sql import functions as F
+
+    weight = F.coalesce("weight", F.lit(1.0))
+    return ~F.isnan(weight) & (weight > 0) & (weight < float("inf"))
+
+
 def clean_interactions(
     interactions: DataFrame,
     known_items: DataFrame,
@@ -193,7 +201,7 @@ def clean_interactions(
             "null_id",
         )
         .when(~_is_text("user_id", "item_id"), "invalid_utf8")
-        .when(F.isnan(weight) | (weight <= 0) | (weight == float("inf")), "bad_weight")
+        .when(~usable_weight(), "bad_weight")
         .when(old, "before_window")
     )
     flagged = interactions.withColumn("weight", weight).withColumn("reason", reason)

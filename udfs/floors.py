@@ -11,6 +11,8 @@ from scipy import sparse
 
 from udfs.ranking_metrics import Ints, Scorer
 
+# Numbers of dense profiles (users x terms) that exist at a time.
+_DENSE = 8_000_000
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 
@@ -51,12 +53,17 @@ def text_knn_scorer(rows: sparse.csr_array, history: sparse.csr_array, candidate
         history: [U, I] of bool, the training pairs.
     """
     texts = sparse.csr_array(rows[candidates])
+    step = max(1, _DENSE // max(1, rows.shape[1]))
 
-    def scores(users: Ints) -> NDArray[np.float32]:
+    def some(users: Ints) -> NDArray[np.float32]:
         profiles = sparse.csr_array(history[users].astype(np.float32) @ rows).toarray()
         norms = np.linalg.norm(profiles, axis=1, keepdims=True)
         profiles /= np.where(norms > 0, norms, 1)
         # Sparse texts by dense profiles: the cost does not depend on how common the words are.
         return np.ascontiguousarray((texts @ profiles.T).T, np.float32)
+
+    def scores(users: Ints) -> NDArray[np.float32]:
+        parts = [some(users[start : start + step]) for start in range(0, len(users), step)]
+        return np.concatenate([np.zeros((0, len(candidates)), np.float32), *parts])
 
     return scores
