@@ -13,7 +13,7 @@ import torch
 
 from jobs.benchmark import __main__ as command
 from jobs.benchmark import encoding_speed, lightgcn, scoring_speed, training_speed
-from jobs.benchmark.measure import fresh, interleaved, peak_memory
+from jobs.benchmark.measure import device, fresh, interleaved, peak_memory
 from jobs.benchmark.table import best_and_spread, markdown, mean_and_spread, table
 from schemas.errors import ColdRefreshError
 from udfs.cf_inputs import CfParams
@@ -99,4 +99,4 @@ def test_measuring():
     seconds = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2)
     assert order == ["a", "b"] * 3  # the first round warms up
     assert {name: len(taken) for name, taken in seconds.items()} == {"a": 2, "b": 2}
-    assert peak_memory(lambda: torch.ones(2**25)) == pytest.approx(2**27, rel=0.1)
+    assert peak_memory(lambda: torch.ones(2**25, device=device())) == pytest.approx(2**27, rel=0.1)

@@ -107,5 +107,5 @@ def _method(name: str, queries: torch.Tensor, keys: torch.Tensor, seed: int) -> 
 
     faiss.omp_set_num_threads(torch.get_num_threads())
     index = faiss.IndexFlatIP(D)
-    index.add(keys.numpy())
-    return lambda: index.search(queries.numpy(), K)
+    index.add(keys.cpu().numpy())
+    return lambda: index.search(queries.cpu().numpy(), K)
