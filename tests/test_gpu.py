@@ -12,7 +12,7 @@ from tests import small_llm, test_allmrec_reader, test_judgment, word_llm
 from tests.test_cf_models import _block_matrix
 from tests.test_filterllm import DIMENSION, USERS, WIDTH, _options, _shop
 from tests.test_text_encoder import TEXTS
-from udfs import bpr, distribution_loss, lightgcn, lora, pair_training, sampled_softmax, sgcl, sgl
+from udfs import backbone, bpr, distribution_loss, lightgcn, lora, pair_training, sampled_softmax, sgcl, sgl
 from udfs.cf_inputs import CfParams
 from udfs.cf_model import fit
 from udfs.filterllm import Config, FilterLLM
@@ -233,3 +233,12 @@ def test_als_by_conjugate_gradients(device: str) -> None:
         )
     )
     np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", backbone.SEQUENCE_MODELS)
+def test_users_of_sequence_models(device: str, kind: str) -> None:
+    histories, model = test_allmrec_reader.asked()[1], backbone.build(kind, 1, items=8, dimension=16)
+    expected, found = (backbone.of(model.to(where)).users(np.arange(4), histories) for where in ("cpu", device))
+    # A GPU may round what goes into convolutions and recurrent layers to TF32.
+    np.testing.assert_allclose(found, expected, atol=5e-3)
+    assert expected.std() > 0.02
