@@ -148,6 +148,14 @@ def test_lightgcn_propagates_as_the_dense_formula(layers: int) -> None:
     found, own = propagate.at(given, rows)
     np.testing.assert_allclose(found.detach().numpy(), (operator @ ego)[rows], atol=1e-14)
     np.testing.assert_array_equal(own.detach().numpy(), ego[rows])
+    if layers:  # as on a GPU: the whole products, and rows of what comes out
+        whole, _ = lightgcn._MeanOfLayers.apply(propagate, None, None, given, rows)
+        torch.testing.assert_close(whole, found)
+        weights = torch.from_numpy(direction)[rows]
+        gradients = [
+            torch.autograd.grad((one * weights).sum(), given)[0] for one in (whole, propagate.at(given, rows)[0])
+        ]
+        torch.testing.assert_close(*gradients)
     # Both may be used, and more than once before the gradient is asked for.
     other = torch.tensor([1, 11])
     again, _ = propagate.at(given, other)

@@ -61,6 +61,13 @@ def test_ties_go_to_the_smaller_user_whatever_the_tile():
         assert np.array_equal(top_k(queries, keys, 30, tile=tile).users, order)
 
 
+def test_a_bfloat16_vocabulary_is_scored_as_its_float32_copy(case):
+    queries, keys, bias, allowed = case
+    rough = keys.bfloat16()
+    ours = top_k(queries, rough, 20, bias=bias, allowed=allowed, tile=512)
+    _same(ours, top_k(queries, rough.float(), 20, bias=bias, allowed=allowed, tile=512))
+
+
 def test_zeros_of_both_signs_tie():
     keys = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]])
     assert top_k(torch.zeros(2, 1), keys, 3).users.tolist() == top_k(-torch.zeros(1, 1), keys, 3).users.tolist() * 2

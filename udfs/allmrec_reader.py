@@ -315,14 +315,14 @@ class Reader:
             past_key_values=read.past_key_values,
             use_cache=True,
         ).logits
-        found = np.empty((len(prompts), len(answers[0])), np.float32)
+        found = []
         for row, of_row in enumerate(answers):
             targets = torch.tensor([token for answer in of_row for token in answer[1:]], device=self.device)
             opening = torch.tensor([answer[0] for answer in of_row], device=self.device)
             sums = first[row, opening]
             follow = -F.cross_entropy(logits[row, : len(targets)].float(), targets, reduction="none")
-            found[row] = sums.index_add(0, which[row, : len(targets)], follow).cpu().numpy()
-        return found
+            found.append(sums.index_add(0, which[row, : len(targets)], follow))
+        return torch.stack(found).cpu().numpy()
 
     def _check(self, tokens: int) -> None:
         limit = getattr(self.model.config, "max_position_embeddings", None)

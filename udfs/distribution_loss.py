@@ -35,7 +35,7 @@ class _DistributionLoss(torch.autograd.Function):
         keep: bool,
     ) -> torch.Tensor:
         counts = indptr.diff()
-        rows = torch.repeat_interleave(torch.arange(len(counts), device=hidden.device), counts)
+        rows = torch.repeat_interleave(torch.arange(len(counts), device=hidden.device), counts, output_size=len(users))
         # By user, so that the targets of a tile are one slice.
         users, order = torch.sort(users, stable=True)
         rows = rows[order]
@@ -165,9 +165,11 @@ def loss(
 
 def check_targets(indptr: torch.Tensor, users: torch.Tensor, vocabulary: int) -> None:
     """Raises ValueError if an item has no users, or a user lies outside a vocabulary of this size."""
-    if bool((indptr.diff() < 1).any()):
+    # One answer, since a GPU is waited for each time.
+    alone, outside = torch.stack([(indptr.diff() < 1).any(), ((users < 0) | (users >= vocabulary)).any()]).tolist()
+    if alone:
         raise ValueError("every item of the batch needs at least one training user")
-    if len(users) and (int(users.min()) < 0 or int(users.max()) >= vocabulary):
+    if outside:
         raise ValueError(f"user indices must lie in 0..{vocabulary - 1}")
 
 

@@ -43,15 +43,20 @@ def _csr(matrix: sparse.csr_matrix, device: torch.device, dtype: torch.dtype) ->
 class _MeanOfLayers(torch.autograd.Function):
     """Rows of the mean of E, A E, ..., A^L E with a symmetric A, and the same rows of E.
 
-    Only the last product knows which rows are wanted, and the first one of the gradient: they take these rows of A alone,
-    for a batch a fraction of its entries. The gradient goes back through the same products, since A is its own transpose.
+    Only the last product knows which rows are wanted, and the first one of the gradient: on a CPU they take these rows of A
+    alone, for a batch a fraction of its entries. The gradient goes back through the same products, since A is its own transpose.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, of: Propagation, part: torch.Tensor, back: torch.Tensor, ego: torch.Tensor, rows: torch.Tensor
+        ctx: Any,
+        of: Propagation,
+        part: torch.Tensor | None,
+        back: torch.Tensor | None,
+        ego: torch.Tensor,
+        rows: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of A [m, n] and their transpose [n, m]; ego [n, d], rows [m] -> [m, d] twice."""
+        """Rows of A [m, n] and their transpose [n, m], or None: then it is the whole A; ego [n, d], rows [m] -> [m, d] twice."""
         own = ego.index_select(0, rows)
         layer, total = ego, own
         for number in range(of.layers - 1):
@@ -59,7 +64,11 @@ class _MeanOfLayers(torch.autograd.Function):
             total = total + layer.index_select(0, rows)
         ctx.of, ctx.back = of, back
         ctx.save_for_backward(rows, ego)
-        return (total + part @ layer) / (of.layers + 1), own
+        if part is None:
+            last = _product(of.graph, layer, of.buffer((of.layers - 1) % 2, ego)).index_select(0, rows)
+        else:
+            last = part @ layer
+        return (total + last) / (of.layers + 1), own
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -68,6 +77,8 @@ class _MeanOfLayers(torch.autograd.Function):
         gradient = gradients[0].contiguous() / (layers + 1)
         # Horner's scheme for (I + A + ... + A^L) S g, where S puts g into its rows.
         left, found = ctx.back, gradient
+        if left is None:
+            left, found = ctx.of.graph, torch.zeros_like(ego).index_copy_(0, rows, gradient)
         for number in range(layers):
             # What is returned is a tensor of its own, since autograd keeps it.
             last = number == layers - 1
@@ -99,9 +110,10 @@ class Propagation:
         if not self.layers:
             own = ego[rows]
             return own, own
-        part = back = self.graph
-        if len(rows) < len(ego):
-            of_rows = self._adjacency[rows.cpu().numpy()]
+        part = back = None
+        # A GPU would wait for the host, which takes rows out of A, with each batch: there it is the whole product.
+        if len(rows) < len(ego) and ego.device.type == "cpu":
+            of_rows = self._adjacency[rows.numpy()]
             part, back = (_csr(matrix, ego.device, ego.dtype) for matrix in (of_rows, of_rows.T.tocsr()))
         return _MeanOfLayers.apply(self, part, back, ego, rows)
 

@@ -84,7 +84,7 @@ class _SampledLoss(torch.autograd.Function):
         chunk: int,
     ) -> torch.Tensor:
         counts = indptr.diff()
-        rows = torch.repeat_interleave(torch.arange(len(counts), device=hidden.device), counts)
+        rows = torch.repeat_interleave(torch.arange(len(counts), device=hidden.device), counts, output_size=len(users))
         columns = torch.unique(torch.cat([drawn, users]))
         weight = hidden.new_full((len(columns),), -torch.inf)
         weight[torch.searchsorted(columns, drawn)] = log_weight.to(hidden.dtype)

@@ -87,7 +87,8 @@ def top_k(
     """The K users with the highest score queries . keys + bias, for each query.
 
     Args:
-        queries: [n, d] and keys: [U, d], float32, on one device. bias: [U].
+        queries: [n, d] float32, and keys: [U, d] float32, or bfloat16 where memory is short (a tile at a time is made
+            float32, so nothing else is rounded), on one device. bias: [U] float32.
         allowed: [U] bool; other users are neither chosen nor part of the log-sum-exp.
         tile: users scored at a time.
         first_user: number of keys[0] in the whole vocabulary, when keys are a shard of it.
@@ -123,8 +124,9 @@ def top_k(
                 added = None if bias is None else bias[of_tile]
                 if allowed is not None:
                     added = torch.where(allowed[of_tile], 0.0 if added is None else added, -torch.inf)
+                part = keys[of_tile].to(queries.dtype)
                 for one in scans:
-                    one.add(keys[of_tile], added, start, buffer)
+                    one.add(part, added, start, buffer)
                 start, width = start + width, min(2 * width, widest)
             return [one.selection(keys, bias, k) for one in scans]
 

@@ -94,7 +94,7 @@ def train(
     items, profiles = (items - model.mean) / model.std, (profiles - model.mean) / model.std
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
     for epoch in range(1, options.epochs + 1):
-        order, total = rng.permutation(len(rows)), 0.0
+        order, total = rng.permutation(len(rows)), torch.zeros((), dtype=torch.float64, device=device)
         others = rng.integers(0, len(counts), len(rows))
         for start in range(0, len(order), options.batch_size):
             pairs = order[start : start + options.batch_size]
@@ -109,8 +109,8 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            total += float(loss.detach()) * len(pairs)
-        log(f"two towers: epoch {epoch}/{options.epochs}, loss {total / len(rows):.4f}")
+            total += loss.detach().double() * len(pairs)
+        log(f"two towers: epoch {epoch}/{options.epochs}, loss {float(total) / len(rows):.4f}")
     return model.eval()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
+from jobs.benchmark.measure import SHARES, ceilings, layer_weights, shares
 from jobs.benchmark.table import table
 from jobs.run import log
 from schemas.errors import ColdRefreshError
@@ -78,6 +79,7 @@ def _read(folder: Path, history: int) -> _Sample:
 def measure_speed(
     items: int = 40,
     *,
+    ceilings: Mapping[str, float],
     model: str = "smollm2",
     history: int = 10,
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
@@ -94,8 +96,13 @@ def measure_speed(
     pairs as the others have, so that they share as on a night of all cold items. Its best form asks the question in the
     shared part; what that does to the answers is not measured here.
 
+    The shares of `ceilings` (of `jobs.benchmark.measure`, for this device) that a way reaches count the language model alone:
+    2 FLOP a weight of its layers and token that it reads, and these weights once a pass of the model, be it for many tokens or
+    few. Activations, keys and values do not count.
+
     Returns:
-        tables (one), seconds_an_item and ratio by way, tokens_an_item by way, stages (seconds an item), and the options.
+        tables (one), seconds_an_item and ratio by way, tokens_an_item and passes_an_item (of the language model) by way,
+        stages (seconds an item), and the options.
     """
     data = _read(data_folder(), history)
     rng = np.random.Generator(np.random.Philox(seed))
@@ -113,14 +120,22 @@ def measure_speed(
     shared_pairs = np.cumsum([starts[u + 1] - starts[u] for u in by_user])
     by_user = by_user[: 1 + int(np.searchsorted(shared_pairs, items * k))]
     spent: dict[str, float] = {}
-    counted = {"shared": 0}
+    passes: dict[str, float] = {}
+    counted = {"shared": 0, "passes": 0}
+
+    def count(*_: Any) -> None:
+        counted["passes"] += 1
+
+    encoder.model.register_forward_pre_hook(count)
 
     def timed(name: str, work: Callable[..., Any], *given: Any) -> Any:
+        counted["passes"] = 0
         begun = time.perf_counter()
         result = work(*given)
         if device.startswith("cuda"):
             torch.cuda.synchronize()
         spent[name] = spent.get(name, 0.0) + time.perf_counter() - begun
+        passes[name] = passes.get(name, 0.0) + counted["passes"]
         return result
 
     # Warmed up: threads are started and kernels are chosen.
@@ -141,27 +156,29 @@ def measure_speed(
         timed("judge, shared", _score, asked, data, group, True, Question())
         timed("judge, shared, question first", _score, asked, data, group, True, _FIRST)
         log(f"judgment: round {number + 1} of {rounds}, {sum(spent.values()):.0f} s")
-    each = {name: seconds / len(chosen) for name, seconds in spent.items()}
-    for name in ("judge, shared", "judge, shared, question first"):
-        each[name] = k * spent[name] / counted["shared"]
-    # ColdLLM's filter reads the item once, as FilterLLM does, before its towers.
-    judged = each["encode"] + each["filter"]
-    seconds = {
-        "distribution": each["encode"] + each["map and top-K"],
-        "distribution, task in the prompt": each["encode with a task"] + each["map and top-K"],
-        "judgment": judged + each["judge"],
-        "judgment, shared prefix": judged + each["judge, shared"],
-        "judgment, shared prefix, question first": judged + each["judge, shared, question first"],
-    }
+    each, passes = (
+        {
+            name: k * total / counted["shared"] if "shared" in name else total / len(chosen)
+            for name, total in totals.items()
+        }
+        for totals in (spent, passes)
+    )
+    seconds, passes = _of_ways(each), _of_ways(passes)
     tokens = _tokens(asked, encoder, data, chosen, k)
     ratio = {name: value / seconds["distribution"] for name, value in seconds.items()}
-    rows = [[name, 1 / value, 1000 * value, tokens[name], ratio[name]] for name, value in seconds.items()]
+    weights = layer_weights(encoder.model)
+    rows = []
+    for name, value in seconds.items():
+        moved = weights * encoder.model.dtype.itemsize * passes[name]
+        reached = shares(ceilings, value, 2 * weights * tokens[name], moved, dtype)
+        rows.append([name, 1 / value, 1000 * value, tokens[name], ratio[name], *reached])
     note = (
         f"{len(chosen)} cold items of CiteULike, K = {k:g}, {history} titles a user, {model} in {dtype} on {device}, "
         f"{torch.get_num_threads()} threads, seed {seed}. The paper's ratio is {PAPER}. Of a judgment "
-        f"{100 * each['judge'] / seconds['judgment']:.1f} % is the judge."
+        f"{100 * each['judge'] / seconds['judgment']:.1f} % is the judge. The shares count the language model alone: "
+        "2 FLOP a weight of its layers and token, these weights once a pass."
     )
-    columns = ["way", "items/s", "ms an item", "LLM tokens an item", "times the distribution's"]
+    columns = ["way", "items/s", "ms an item", "LLM tokens an item", "times the distribution's", *SHARES]
     return {
         "tables": [table("Text to distribution against text to judgment", columns, rows, note)],
         "seconds_an_item": seconds,
@@ -171,6 +188,7 @@ def measure_speed(
         },
         "paper_ratio": PAPER,
         "tokens_an_item": tokens,
+        "passes_an_item": passes,
         "stages": each,
         "items": len(chosen),
         "k": k,
@@ -180,6 +198,19 @@ def measure_speed(
         "dtype": dtype,
         "device": device,
         "seed": seed,
+    }
+
+
+def _of_ways(stages: dict[str, float]) -> dict[str, float]:
+    """What each way costs, in whatever its stages' costs are."""
+    # ColdLLM's filter reads the item once, as FilterLLM does, before its towers.
+    judged = stages["encode"] + stages["filter"]
+    return {
+        "distribution": stages["encode"] + stages["map and top-K"],
+        "distribution, task in the prompt": stages["encode with a task"] + stages["map and top-K"],
+        "judgment": judged + stages["judge"],
+        "judgment, shared prefix": judged + stages["judge, shared"],
+        "judgment, shared prefix, question first": judged + stages["judge, shared, question first"],
     }
 
 
@@ -246,6 +277,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     return measure_speed(
         args.items,
+        ceilings=ceilings(args.device),
         model=args.model,
         history=args.history,
         dtype=args.dtype,

@@ -19,6 +19,9 @@ import torch
 
 from schemas.errors import ColdRefreshError
 
+#: Columns of what `shares` gives.
+SHARES = ("share of the matmul ceiling", "share of the memory ceiling")
+
 
 def device() -> str:
     """Where everything is measured: cuda if torch finds a GPU, otherwise cpu."""
@@ -86,9 +89,8 @@ def fresh(module: str, function: str, **arguments: Any) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def ceilings() -> dict[str, float]:
-    """What the device reaches at most, measured: float32 and bfloat16 matrix products (FLOP/s), memory read + written (bytes/s)."""
-    where = device()
+def ceilings(where: str) -> dict[str, float]:
+    """What a device reaches at most, measured: float32 and bfloat16 matrix products (FLOP/s), memory read + written (bytes/s)."""
     size = 2048 if where == "cpu" else 8192
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -101,6 +103,24 @@ def ceilings() -> dict[str, float]:
     copy = interleaved({"copy": lambda: target.copy_(source)}, 5)["copy"]
     found["memory bytes/s"] = 2 * source.nbytes / min(copy)
     return found
+
+
+def shares(ceilings: Mapping[str, float], seconds: float, flop: float, moved: float, dtype: str) -> list[float]:
+    """The shares of the matmul ceiling of `dtype` and of the memory ceiling that work reaches.
+
+    Args:
+        ceilings: of `ceilings`.
+        flop: of the work's matrix products. moved: bytes that it must read and write at the least, however it is done
+            (Williams et al. 2009, "Roofline"): what is given once, or once a pass that has to wait for the one before, and
+            what comes out once. What lies between them might stay in a cache and does not count.
+    """
+    return [flop / seconds / ceilings[f"{dtype} FLOP/s"], moved / seconds / ceilings["memory bytes/s"]]
+
+
+def layer_weights(model: torch.nn.Module) -> int:
+    """Weights of a language model that every token is multiplied with: all but the tables of embeddings."""
+    tables = {id(p) for part in model.modules() if isinstance(part, torch.nn.Embedding) for p in part.parameters()}
+    return sum(p.numel() for p in model.parameters() if id(p) not in tables)
 
 
 def _synchronize() -> None:

@@ -1,8 +1,9 @@
-"""Speed of each stage against what it replaces, in one run on one machine: times, peak memory, ratios.
+"""Speed of each stage against what it replaces, in one run on one machine: times, ratios, peak memory, and the shares of the
+machine's measured ceilings.
 
 Parts: scoring (streaming top-K and draws against the dense softmax and FAISS IndexFlatIP), training (the loss in tiles against
-dense autograd), encoding (TextEncoder against sentence-transformers and a plain loop), judgment (text to distribution against
-text to judgment). On a GPU the same is measured there; this path has not been tried.
+dense autograd), encoding (TextEncoder against sentence-transformers and a plain loop, in float32 and bfloat16), judgment (text
+to distribution against text to judgment). On a GPU the same is measured there; this path has not been tried.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     users, training_users = _counts("--users", args.users), _counts("--training-users", args.training_users)
     if "judgment" in parts and find_spec("jobs.benchmark.judgment") is None:
         raise ColdRefreshError("there is no module jobs.benchmark.judgment; leave judgment out of --parts")
-    machine = {"device": device(), "threads": torch.get_num_threads(), **ceilings()}
+    machine = {"device": device(), "threads": torch.get_num_threads(), **ceilings(device())}
     log(f"machine: {machine}")
     found: dict[str, Any] = {}
     for part in parts:
@@ -64,7 +65,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         elif part == "encoding":
             found[part] = encoding_speed.run(args.texts, args.seed, machine)
         else:
-            found[part] = import_module("jobs.benchmark.judgment").measure_speed(device=device(), seed=args.seed)
+            found[part] = import_module("jobs.benchmark.judgment").measure_speed(
+                device=device(), seed=args.seed, ceilings=machine
+            )
     rows = [[name, f"{value / 1e9:.0f} G" if "/s" in name else value] for name, value in machine.items()]
     tables = [table("Machine", ["", "measured"], rows)]
     for result in found.values():
