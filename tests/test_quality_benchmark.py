@@ -18,9 +18,9 @@ import pytest
 
 from jobs.benchmark import baselines, llminit, llminit_rows, quality, systems
 from jobs.benchmark.datasets import DataSet
-from jobs.benchmark.quality_rows import ROWS, overrides
+from jobs.benchmark.quality_rows import ROWS, settings
 from jobs.lake import Lake
-from jobs.settings import load
+from jobs.settings import Settings, load
 from schemas.errors import ColdRefreshError
 from tests.small_lake import RUN_DATE, SmallLake, build, tables
 from udfs import splits
@@ -253,7 +253,33 @@ def test_every_llminit_row_is_a_setting_of_the_confs(row: llminit_rows.Row) -> N
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_every_row_is_a_setting_of_the_confs(row: quality.Row) -> None:
-    assert (overrides(row, {}) is None) == bool(row.encoders)
-    given = overrides(row, dict.fromkeys(row.encoders, "/some/folder"))
+    assert (settings(row, [], {}) is None) == bool(row.encoders)
+    given = settings(row, [], dict.fromkeys(row.encoders, "/some/folder"))
+    assert given is not None
     confs = ("conf/citeulike.yaml", "conf/amazon.yaml")
     assert any(load(conf).digest() != load(conf, given).digest() for conf in confs) == bool(row.overrides)
+
+
+@pytest.mark.parametrize("model", ["BPR", "LightGCN", "SGL", "SGCL"])
+@pytest.mark.parametrize(
+    ("start", "select"),
+    [
+        ("", None), (" from LLMInit", "variance"), (" from LLMInit, PCA", "pca"),
+        (" from LLMInit, random", "random"), (" from LLMInit, uniform", "uniform"),
+    ],
+)  # fmt: skip
+def test_every_backbone_has_its_own_settings_from_every_start(model: str, start: str, select: str | None) -> None:
+    row = next(row for row in ROWS if row.name == f"CF: {model}{start}")
+
+    def given(*overrides: str) -> Settings:
+        return load("conf/citeulike.yaml", settings(row, overrides, {}) or [])
+
+    one = given()
+    assert (one.cf.model, one.cf.dimension, one.cf.epochs, one.refresh.scale) == (model.lower(), 64, 40, "auto")
+    assert (one.cf.learning_rate, one.cf.batch_size) == (0.001 if model == "SGCL" else 0.005, 2048)
+    assert (one.cf.init, one.cf.llminit.select if select else None) == ("llminit" if select else "random", select)
+    # What a row is cannot be changed, what is tuned can.
+    other = given("cf.model=als", "cf.learning_rate=0.02", "cf.epochs=3", "refresh.scale=2")
+    assert (other.cf.model, other.cf.learning_rate, other.cf.epochs, other.refresh.scale) == (
+        model.lower(), 0.02, 3, 2,
+    )  # fmt: skip

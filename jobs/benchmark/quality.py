@@ -22,7 +22,7 @@ from jobs.benchmark.choice import HELP, chosen
 from jobs.benchmark.datasets import DATA_SETS, DataSet, lake_of
 from jobs.benchmark.kept import Kept
 from jobs.benchmark.measured import Measured, measure
-from jobs.benchmark.quality_rows import ROWS, Row, overrides
+from jobs.benchmark.quality_rows import ROWS, Row, settings
 from jobs.benchmark.table import mean_and_spread, table
 from jobs.run import log, parse_run_date
 
@@ -64,7 +64,7 @@ def _wanted(names: list[str], encoders: dict[str, str], data: str) -> Iterator[R
     for row in (*(Row(name) for name in (*_FLOORS, *BASELINES)), *ROWS):
         if row.name not in names:
             continue
-        if overrides(row, encoders) is None:
+        if settings(row, (), encoders) is None:
             log(f"[benchmark] {row.name}: left out, no --encoder {row.encoders}")
             continue
         if ONLY.get(row.name, data) != data:
@@ -77,7 +77,7 @@ def _row(
     row: Row, data: DataSet, lake: str, args: argparse.Namespace, encoders: dict[str, str], work: Path
 ) -> list[dict[str, Any]]:
     """{seed, seconds, test, val} of each seed."""
-    given = [*args.overrides, *(overrides(row, encoders) or [])]
+    given = settings(row, args.overrides, encoders) or []
     found = []
     for seed in args.seeds:
 
