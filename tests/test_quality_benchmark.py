@@ -283,3 +283,12 @@ def test_every_backbone_has_its_own_settings_from_every_start(model: str, start:
     assert (other.cf.model, other.cf.learning_rate, other.cf.epochs, other.refresh.scale) == (
         model.lower(), 0.02, 3, 2,
     )  # fmt: skip
+
+
+def test_the_papers_union_is_of_twenty_users_that_count_alike() -> None:
+    by_name = {row.name: load("conf/citeulike.yaml", row.overrides) for row in ROWS if "retrained" in row.name}
+    ours, papers = by_name.values()
+    assert [("the paper's" in name) for name in by_name] == [False, True]
+    assert ours.refresh.method == papers.refresh.method == "retrain"
+    assert (ours.sampling.k, ours.refresh.by_probability) == (100, True)
+    assert (papers.sampling.k, papers.refresh.by_probability) == (20, False)

@@ -64,6 +64,10 @@ ROWS = (
     Row("cold items placed by users alone", ("refresh.words=0",)),
     Row("cold items placed by users and words", ("refresh.words=auto",)),
     Row("refresh: retrained on the union", ("refresh.method=retrain",)),
+    Row(
+        "refresh: retrained on the union, 20 users that count alike (the paper's)",
+        ("refresh.method=retrain", "sampling.k=20", "refresh.by_probability=false"),
+    ),
     Row("CF: Spark ALS, 64 dimensions", ("cf.model=als", "cf.dimension=64"), _OTHER_SPACE),
     _on("CF: LightGCN against users (the guider)", _LIGHTGCN, "cf.negatives=user"),
     *(
