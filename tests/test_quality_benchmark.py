@@ -249,6 +249,8 @@ def test_every_llminit_row_is_a_setting_of_the_confs(row: llminit_rows.Row) -> N
     chosen = load("conf/amazon.yaml", [*llminit_rows.BASE, *given])
     assert chosen.cf.model in ("bpr", "lightgcn", "sgl", "sgcl")
     assert chosen.cf.init == ("llminit" if "LLMInit" in row.name else "random")
+    assert chosen.cf.learning_rate == (0.001 if chosen.cf.model == "sgcl" else 0.005)
+    assert load("conf/amazon.yaml", [*llminit_rows.BASE, *given, "cf.learning_rate=0.02"]).cf.learning_rate == 0.02
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

@@ -26,6 +26,7 @@ import pandas as pd
 
 from jobs import cf, cf_start, plots, text_embeddings
 from jobs import settings as conf
+from jobs.benchmark.backbones import MODELS
 from jobs.benchmark.choice import HELP, chosen
 from jobs.benchmark.datasets import DATA_SETS, DataSet, lake_of
 from jobs.benchmark.kept import Kept
@@ -234,10 +235,11 @@ def _table(name: str, found: dict[str, list[dict[str, Any]]], args: argparse.Nam
         each = float(np.mean([one["seconds"] / one["epochs"] for one in first]))
         rows.append([row, *cells, mean_and_spread([one["epoch"] for one in first], 0), round(each, 2)])
     columns = ["model and start", *(f"{group} {metric}" for group in groups for metric in _METRICS), "epoch", "s/epoch"]
+    own = "; ".join(f"{name}: {' '.join(tuned)}" for name, (_, *tuned) in MODELS.items() if tuned)
     note = (
         f"Test items, seeds {args.seeds}; mean ± standard deviation. All users; users with a single training interaction; "
         f"users with half of theirs. Epoch: the best on the validation items, {args.patience} looks of {args.look} epochs without "
-        f"a gain end a training. Settings: {' '.join([*BASE, *args.overrides])}."
+        f"a gain end a training. Settings: {' '.join([*BASE, *args.overrides])}; of {own}."
     )
     return table(f"LLMInit on {name}", columns, rows, note)
 

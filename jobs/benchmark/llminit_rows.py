@@ -4,17 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: What all rows share: the paper's dimension and layers; batches as large as a CPU likes them. The rest was tuned on the
-#: validation items of Amazon Beauty.
-BASE = (
-    "cf.dimension=128",
-    "cf.epochs=300",
-    "cf.batch_size=2048",
-    "cf.learning_rate=0.005",
-    "cf.weight_decay=0.0001",
-    "cf.layers=2",
-    "text.also=[]",
-)
+from jobs.benchmark.backbones import MODELS, STARTS, TRAINING
+
+#: What all rows share: the paper's dimension, and what LightGCN was tuned to; other models' own is in MODELS.
+BASE = ("cf.dimension=128", "cf.epochs=300", *TRAINING, "text.also=[]")
 
 
 @dataclass(frozen=True)
@@ -30,15 +23,10 @@ class Row:
         return Row(f"{self.name}, d = {dimension}", (*self.overrides, f"cf.dimension={dimension}"), self.encoders)
 
 
-_MODELS = {"BPR": "bpr", "LightGCN": "lightgcn", "SGL": "sgl", "SGCL": "sgcl"}
 _LLM = "cf.init=llminit"
 _VARIANCE = "cf.llminit.select=variance"
 _STARTS = {
-    "random": (),
-    "LLMInit random": (_LLM, "cf.llminit.select=random"),
-    "LLMInit uniform": (_LLM, "cf.llminit.select=uniform"),
-    "LLMInit variance": (_LLM, _VARIANCE),
-    "LLMInit PCA": (_LLM, "cf.llminit.select=pca"),
+    **STARTS,
     # MiniLM's width.
     "LLMInit full": (_LLM, "cf.llminit.select=full", "cf.dimension=384"),
     "random, d = 384": ("cf.dimension=384",),
@@ -51,8 +39,8 @@ _ENCODERS = {
 
 ROWS = (
     *(
-        Row(f"{model}, {start}", (f"cf.model={name}", *overrides))
-        for model, name in _MODELS.items()
+        Row(f"{name}, {start}", (*model, *overrides))
+        for name, model in MODELS.items()
         for start, overrides in _STARTS.items()
     ),
     *(
