@@ -20,7 +20,8 @@ from jobs import plots
 from jobs.benchmark import baselines, llminit, llminit_rows, quality, systems
 from jobs.benchmark.choice import chosen, encoders
 from jobs.benchmark.datasets import DataSet
-from jobs.benchmark.quality_rows import ROWS, settings
+from jobs.benchmark.quality_rows import ROWS
+from jobs.benchmark.quality_rows import rows as quality_rows
 from jobs.lake import Lake
 from jobs.settings import Settings, load
 from schemas.errors import ColdRefreshError
@@ -308,6 +309,10 @@ def test_encoders_are_rows_by_the_name_they_are_given() -> None:
     assert others == {"broad": "/some/a=b", "mine": "./c"}
     names = [row.name for row in llminit_rows.rows(others)]
     assert chosen(["LightGCN, LLMInit variance, mine"], names) == ["LightGCN, LLMInit variance, mine"]
+    names = [row.name for row in quality_rows(others)]
+    assert chosen(["broad", "MiniLM + mine"], names) == ["broad", "MiniLM + mine"]
+    with pytest.raises(ColdRefreshError, match=r"two rows each called \['MiniLM \+ words'\]"):
+        chosen(None, [row.name for row in quality_rows({"MiniLM": "./c"})])
     with pytest.raises(ColdRefreshError, match=r"two rows each called \['LightGCN, LLMInit variance, raw'\]"):
         chosen(None, [row.name for row in llminit_rows.rows({"raw": "./c"})])
 
@@ -326,11 +331,10 @@ def test_every_llminit_row_is_a_setting_of_the_confs(row: llminit_rows.Row) -> N
     )
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", quality_rows({"broad": "/some/folder"}), ids=lambda row: row.name)
 def test_every_row_is_a_setting_of_the_confs(row: quality.Row) -> None:
-    assert (settings(row, [], {}) is None) == bool(row.encoders)
-    given = settings(row, [], dict.fromkeys(row.encoders, "/some/folder"))
-    assert given is not None
+    given = row.settings()
+    assert ("/some/folder" in "".join(given)) == ("broad" in row.name)
     confs = ("conf/citeulike.yaml", "conf/amazon.yaml")
     assert any(load(conf).digest() != load(conf, given).digest() for conf in confs) == bool(row.overrides)
 
@@ -347,7 +351,7 @@ def test_every_backbone_has_its_own_settings_from_every_start(model: str, start:
     row = next(row for row in ROWS if row.name == f"CF: {model}{start}")
 
     def given(*overrides: str) -> Settings:
-        return load("conf/citeulike.yaml", settings(row, overrides, {}) or [])
+        return load("conf/citeulike.yaml", row.settings(overrides))
 
     one = given()
     assert (one.cf.model, one.cf.dimension, one.cf.epochs, one.refresh.scale) == (model.lower(), 64, 40, "auto")

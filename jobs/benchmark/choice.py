@@ -10,6 +10,9 @@ from schemas.errors import ColdRefreshError
 #: Of an option --rows.
 HELP = "only these rows: a name as in the table for that row alone, or the beginning of several"
 
+#: Of an option --encoder.
+ENCODER_HELP = "another text encoder to compare, from any folder: its rows are called after NAME"
+
 
 def chosen(asked: Sequence[str] | None, known: Sequence[str]) -> list[str]:
     """Those of `known`, in their order, that are asked for by name, or else by the beginning of it; all of them by default.

@@ -28,7 +28,7 @@ import pandas as pd
 from jobs import cf, cf_start, plots, text_embeddings
 from jobs import settings as conf
 from jobs.benchmark.backbones import MODELS
-from jobs.benchmark.choice import HELP, chosen, encoders
+from jobs.benchmark.choice import ENCODER_HELP, HELP, chosen, encoders
 from jobs.benchmark.datasets import DATA_SETS, DataSet, lake_of
 from jobs.benchmark.kept import Kept
 from jobs.benchmark.llminit_rows import BASE, Row, by_dimension, rows
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="D",
         help="instead: LightGCN's starts at these dimensions, as far as the texts are as wide",
     )
-    parser.add_argument("--encoder", action="append", default=[], metavar="NAME=FOLDER", help="such as mpnet=FOLDER")
+    parser.add_argument("--encoder", action="append", default=[], metavar="NAME=FOLDER", help=ENCODER_HELP)
     parser.add_argument("--patience", type=int, default=10, help="looks at the validation items without a gain")
     parser.add_argument("--look", type=int, default=2, help="epochs between two looks (default: %(default)s)")
     parser.add_argument(

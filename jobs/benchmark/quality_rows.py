@@ -6,7 +6,7 @@ Rows of one data set share the lake: what two have in common (text embeddings, s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from jobs.benchmark.backbones import MODELS, STARTS, TRAINING
@@ -14,14 +14,15 @@ from jobs.benchmark.backbones import MODELS, STARTS, TRAINING
 
 @dataclass(frozen=True)
 class Row:
-    """overrides: key=value, whatever --set says. usual: key=value that --set may change. encoders: names of `--encoder` that
-    must be given for the row.
-    """
+    """overrides: key=value, whatever --set says. usual: key=value that --set may change."""
 
     name: str
     overrides: tuple[str, ...] = ()
     usual: tuple[str, ...] = ()
-    encoders: tuple[str, ...] = ()
+
+    def settings(self, given: Sequence[str] = ()) -> list[str]:
+        """The row's settings and what --set says (`given`), the last winning."""
+        return [*self.usual, *given, *self.overrides]
 
 
 # A space that is not the conf's own: how long cold vectors must be there is measured, since the conf's factor is for its own.
@@ -83,16 +84,21 @@ ROWS = (
     Row("MiniLM alone", ("text.model=minilm", "text.also=[]")),
     Row("MiniLM + words", ("text.model=minilm", "text.also=[words]")),
     Row("words alone, no language model", ("text.model=words", "text.also=[]")),
-    Row("mpnet", ("text.model={mpnet}", "text.also=[]"), encoders=("mpnet",)),
-    Row("mpnet + words", ("text.model={mpnet}", "text.also=[words]"), encoders=("mpnet",)),
-    Row("MiniLM + mpnet", ("text.also=['{mpnet}']",), encoders=("mpnet",)),
-    Row("MiniLM + mpnet, users and words", ("text.also=['{mpnet}']", "refresh.words=auto"), encoders=("mpnet",)),
 )
 
 
-def settings(row: Row, given: Sequence[str], encoders: dict[str, str]) -> list[str] | None:
-    """What --set said (`given`) with the row's own, encoders' folders in their places; None if an encoder is not given."""
-    if any(name not in encoders for name in row.encoders):
-        return None
-    own = [override.format_map(encoders) if row.encoders else override for override in row.overrides]
-    return [*row.usual, *given, *own]
+def rows(encoders: Mapping[str, str]) -> list[Row]:
+    """All of them, with further text encoders: name -> folder."""
+    return [
+        *ROWS,
+        *(
+            row
+            for name, folder in encoders.items()
+            for row in (
+                Row(name, (f"text.model={folder}", "text.also=[]")),
+                Row(f"{name} + words", (f"text.model={folder}", "text.also=[words]")),
+                Row(f"MiniLM + {name}", (f"text.also=['{folder}']",)),
+                Row(f"MiniLM + {name}, users and words", (f"text.also=['{folder}']", "refresh.words=auto")),
+            )
+        ),
+    ]

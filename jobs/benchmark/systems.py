@@ -25,7 +25,7 @@ from jobs.benchmark.datasets import DATA_SETS, DataSet, lake_of
 from jobs.benchmark.kept import Kept
 from jobs.benchmark.measure import fresh
 from jobs.benchmark.measured import measure
-from jobs.benchmark.quality_rows import ROWS, settings
+from jobs.benchmark.quality_rows import ROWS
 from jobs.benchmark.table import mean_and_spread, table
 from jobs.run import execute, log, open_run, parse_run_date
 
@@ -74,7 +74,7 @@ def stage(settings_file: str, given: list[str], run_date: str, name: str) -> flo
 def _system(data: DataSet, system: str, seed: int, given: list[str], work: Path) -> dict[str, Any]:
     """{seed, seconds: {stage: ...}, gib: {stage: ...}, test, val}."""
     row, _ = SYSTEMS[system]
-    changed = settings(next(one for one in ROWS if one.name == row), given, {}) or []
+    changed = next(one for one in ROWS if one.name == row).settings(given)
     digest = conf.load(data.conf, [*changed, f"seed={seed}"]).digest()
 
     def make() -> dict[str, Any]:
