@@ -1,10 +1,10 @@
-"""Quality of every method on a data set: NDCG and recall at K (evaluate.k) of what rankers would read, with the spread over seeds.
+"""Quality of every method on a data set: NDCG and recall of what rankers would read, with the spread over seeds.
 
     python -m jobs.benchmark quality --dataset citeulike-a --seeds 7 8 9 --encoder mpnet=FOLDER
 
-Columns: overall, cold and warm from the refreshed user and item embeddings of a night, and cold from the distribution p(u|i)
-itself. A setting is chosen by the validation part (it is in the JSON as `val`); the table is of the test part. What is done
-is kept under --work, so the command goes on where it was stopped.
+Columns, for each K of evaluate.k: overall, cold and warm from the refreshed user and item embeddings of a night, and cold
+from the distribution p(u|i) itself. A setting is chosen by the validation part (it is in the JSON as `val`); the table is of
+the test part. What is done is kept under --work, so the command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -98,9 +98,10 @@ def _brief(one: dict[str, Any]) -> str:
 
 
 def _table(data: DataSet, found: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> dict[str, Any]:
-    rows, k = [], conf.load(data.conf, args.overrides).evaluate.k[0]
-    columns = [f"{split} {metric}" for metric in (f"ndcg@{k}", f"recall@{k}") for split in _SPLITS]
-    columns.append(f"distribution ndcg@{k}")
+    rows, columns = [], []
+    for k in conf.load(data.conf, args.overrides).evaluate.k:
+        columns += [f"{split} {metric}" for metric in (f"ndcg@{k}", f"recall@{k}") for split in _SPLITS]
+        columns.append(f"distribution ndcg@{k}")
     for name, seeded in found.items():
         cells = [[one["test"][column] for one in seeded if column in one["test"]] for column in columns]
         rows.append([name, *(mean_and_spread(values) or None for values in cells)])
