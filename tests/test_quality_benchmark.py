@@ -40,6 +40,7 @@ def test_the_figures_are_those_of_the_night(
     )
     result = quality.run(args)
     found = {name: one[0]["test"] for name, one in result["results"]["small"].items()}
+    assert result["split_seeds"] == {"small": None}
 
     # The same settings and inputs: the night that is there is gone on with, and its own metrics say the same.
     metrics = Lake(str(lake.lake), {}).read("metrics").to_pylist()
@@ -77,7 +78,7 @@ def test_a_split_by_items_is_tuned_on_its_validation_part(
         pq.write_table(table, folder / f"{name}.parquet")
     evaluate = {"protocol": "random_item", "k": [5], "bootstrap": 0}
     conf = build(tmp_path / "conf", evaluate=evaluate, snapshot={"split": {"table": "split", "train": ["train"]}}).conf
-    shop = DataSet("shop", str(conf), RUN_DATE + timedelta(days=30))
+    shop = DataSet("shop", str(conf), RUN_DATE + timedelta(days=30), split_seed=5)
     monkeypatch.setattr(quality, "DATA_SETS", {"shop": shop})
     monkeypatch.setenv("COLD_REFRESH_DATA", str(folder.parent))
     args = argparse.Namespace(
@@ -92,6 +93,8 @@ def test_a_split_by_items_is_tuned_on_its_validation_part(
         assert found["FilterLLM"][part]["warm ndcg@5"] == found["CF on warm items only"][part]["warm ndcg@5"]
 
     split = pd.read_parquet(tmp_path / "work" / "shop-split.parquet")
+    pairs = pd.read_parquet(folder / "interactions.parquet", columns=["user_id", "item_id"]).astype(str)
+    pd.testing.assert_frame_equal(split, splits.random_item(pairs, 5))
     night = quality.measure(shop, str(tmp_path / "work" / "shop"), 3, [])
     for part in ("val", "test"):
         cold = night.parts[part].tasks["cold"]
@@ -217,7 +220,7 @@ def test_llminit_rows_are_measured_on_a_lake(
         llminit.run(args)
 
 
-def test_every_k_that_is_asked_for_has_its_columns() -> None:
+def test_the_table_has_every_k_and_says_how_items_are_split() -> None:
     every, none = np.arange(30), np.zeros(0, np.int64)
     asked = task(every, (np.zeros(2, np.int64), np.array([4, 14])), (none, none))
     settings = SimpleNamespace(evaluate=SimpleNamespace(k=(20, 10)))
@@ -237,5 +240,8 @@ def test_every_k_that_is_asked_for_has_its_columns() -> None:
         "distribution ndcg@20",
     ]  # fmt: skip
     assert two["columns"] == one["columns"] + [name.replace("20", "10") for name in one["columns"][1:]]
+    assert "split as it comes or by time, trained with seeds [7]" in one["note"]
+    beauty = quality._table(DATA_SETS["amazon-beauty"], {"FilterLLM": [{"test": found}]}, args)
+    assert "items split at random (seed 2026), trained with seeds [7]" in beauty["note"]
     cells = dict(zip(two["columns"], two["rows"][0], strict=True))
     assert (cells["cold recall@10"], cells["cold recall@20"]) == ("0.5000", "1.0000")

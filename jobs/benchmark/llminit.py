@@ -252,7 +252,8 @@ def _table(name: str, found: dict[str, list[dict[str, Any]]], args: argparse.Nam
     columns = ["model and start", *(f"{group} {metric}" for group in groups for metric in _METRICS), "epoch", "s/epoch"]
     own = "; ".join(f"{name}: {' '.join(tuned)}" for name, (_, *tuned) in MODELS.items() if tuned)
     note = (
-        f"Test items, seeds {args.seeds}; mean ± standard deviation. All users; users with a single training interaction; "
+        f"Test items, seeds {args.seeds} of split and training; mean ± standard deviation. "
+        "All users; users with a single training interaction; "
         f"users with half of theirs. Epoch: the best on the validation items, {args.patience} looks of {args.look} epochs without "
         f"a gain end a training. Settings, the last winning: {' '.join(BASE)}; {own}; {' '.join(args.overrides) or 'no --set'}."
     )

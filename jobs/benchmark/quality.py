@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             found[row.name] = _row(row, data, lake, args, work)
         results[name] = found
         tables.append(_table(data, found, args))
-    return {"tables": tables, "results": results}
+    seeds = {name: DATA_SETS[name].split_seed for name in args.dataset}
+    return {"tables": tables, "split_seeds": seeds, "results": results}
 
 
 def _row(row: Row, data: DataSet, lake: str, args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
@@ -106,7 +107,7 @@ def _table(data: DataSet, found: dict[str, list[dict[str, Any]]], args: argparse
         cells = [[one["test"][column] for one in seeded if column in one["test"]] for column in columns]
         rows.append([name, *(mean_and_spread(values) or None for values in cells)])
     note = (
-        f"Test part, {' '.join([data.conf, *args.overrides])}, run date {data.run_date}, seeds {args.seeds}; mean ± standard "
-        "deviation. The row FilterLLM is that as it stands, those below it change what they name."
+        f"Test part, {' '.join([data.conf, *args.overrides])}, run date {data.run_date}, {data.split}, trained with "
+        f"seeds {args.seeds}; mean ± standard deviation. The row FilterLLM is that as it stands, those below it change what they name."
     )
     return table(f"Quality on {data.name}", ["method", *columns], rows, note)

@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         }
         results[name] = found
         tables.append(_table(data, found, args))
-    return {"tables": tables, "results": results}
+    seeds = {name: DATA_SETS[name].split_seed for name in args.dataset}
+    return {"tables": tables, "split_seeds": seeds, "results": results}
 
 
 def stage(settings_file: str, given: list[str], run_date: str, name: str) -> float:
@@ -160,7 +161,8 @@ def _table(data: DataSet, found: dict[str, list[dict[str, Any]]], args: argparse
             ]
         )
     note = (
-        f"Test part, {' '.join([data.conf, *args.overrides])}, seeds {args.seeds}; mean ± standard deviation. Seconds and memory "
+        f"Test part, {' '.join([data.conf, *args.overrides])}, {data.split}, trained with seeds {args.seeds}; "
+        "mean ± standard deviation. Seconds and memory "
         "of whole stages, the start of their processes in memory but not in seconds. LLMInit's own training is its CF; "
         "A-LLMRec's is in placing."
     )
