@@ -171,3 +171,11 @@ def test_the_papers_union_is_of_twenty_users_that_count_alike() -> None:
     assert ours.refresh.method == papers.refresh.method == "retrain"
     assert (ours.sampling.k, ours.refresh.by_probability) == (100, True)
     assert (papers.sampling.k, papers.refresh.by_probability) == (20, False)
+
+
+def test_what_lora_changes_can_be_seen() -> None:
+    frozen, lora = (
+        load("conf/citeulike.yaml", row.settings()) for row in ROWS if row.name in ("frozen, six epochs", "LoRA")
+    )
+    assert frozen.filterllm.epochs == 6
+    assert lora == frozen.model_copy(update={"filterllm": frozen.filterllm.model_copy(update={"lora": True})})

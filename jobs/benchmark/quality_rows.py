@@ -78,6 +78,7 @@ ROWS = (
     ),
     _on("cold items where LLMInit puts them", _LIGHTGCN, *STARTS["LLMInit variance"], "refresh.cold=llminit"),
     Row("cold items where A-LLMRec's alignment puts them", ("refresh.cold=allmrec",)),
+    Row("frozen, six epochs", ("filterllm.epochs=6", "text.also=[]")),  # what LoRA alone changes
     Row("LoRA", ("filterllm.lora=true", "filterllm.epochs=6", "text.also=[]")),
     Row("SmolLM2, last token", ("text.model=smollm2", "text.also=[]")),
     Row("SmolLM2, mean", ("text.model=smollm2", "text.pooling=mean", "text.also=[]")),
