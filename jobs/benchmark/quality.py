@@ -108,6 +108,7 @@ def _table(data: DataSet, found: dict[str, list[dict[str, Any]]], args: argparse
         rows.append([name, *(mean_and_spread(values) or None for values in cells)])
     note = (
         f"Test part, {' '.join([data.conf, *args.overrides])}, run date {data.run_date}, {data.split}, trained with "
-        f"seeds {args.seeds}; mean ± standard deviation. The row FilterLLM is that as it stands, those below it change what they name."
+        f"seeds {args.seeds}; mean ± standard deviation. The row FilterLLM is that as it stands, "
+        "those below it change what they name."
     )
     return table(f"Quality on {data.name}", ["method", *columns], rows, note)
