@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from scipy import sparse
 
 from jobs.benchmark import baselines, llminit, quality, systems
 from jobs.benchmark.datasets import DATA_SETS, DataSet
@@ -118,6 +120,35 @@ def test_what_is_best_on_the_validation_part_is_taken() -> None:
     options = {value: np.full((2, 2), value, np.float32) for value in (1.0, 2.0, 10.0)}
     assert baselines._tuned(night, options, "x")[0, 0] == pytest.approx(3.2)  # 2 with 1.6 times the length
     assert set(asked) == {"val"}
+
+
+def test_without_a_validation_part_the_ridge_is_tuned_on_what_the_night_holds_out() -> None:
+    rng = np.random.default_rng(0)
+    texts = sparse.csr_array(rng.random((400, 12)))
+    noise = rng.normal(0.0, 0.05, (400, 4))
+    items = (texts @ rng.normal(size=(12, 4)) + noise).astype(np.float32)
+    users = rng.normal(size=(50, 4)).astype(np.float32)
+    cold, held = np.arange(400) < 100, pa.table({"item_id": [f"{item}" for item in range(150, 200)]})
+    night: Any = SimpleNamespace(
+        parts={"test": 0},
+        catalog=SimpleNamespace(
+            cold=cold, item_ids=[f"{item}" for item in range(400)], interactions=np.ones(400, np.int64)
+        ),
+        systems=SimpleNamespace(
+            texts=texts, items=items, items_known=~cold, users=users, users_known=np.ones(50, np.bool_)
+        ),
+        run=SimpleNamespace(
+            staging=lambda name: SimpleNamespace(read=lambda table, columns: held),
+            settings=SimpleNamespace(filterllm=SimpleNamespace(word_ridge=1000.0)),
+        ),
+    )
+    true = texts[cold] @ np.linalg.lstsq(texts.toarray(), items, rcond=None)[0]
+    tuned = baselines.tfidf_ridge(night)
+    assert np.linalg.norm(tuned - true) < 0.1 * np.linalg.norm(true)
+    held = held.slice(0, 5)  # too few: as short as the night's own ridge makes them
+    assert np.median(np.linalg.norm(baselines.tfidf_ridge(night), axis=1)) < 0.5 * np.median(
+        np.linalg.norm(tuned, axis=1)
+    )
 
 
 def test_the_systems_cost_what_their_stages_cost(

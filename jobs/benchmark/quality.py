@@ -111,4 +111,6 @@ def _table(data: DataSet, found: dict[str, list[dict[str, Any]]], args: argparse
         f"seeds {args.seeds}; mean ± standard deviation. The row FilterLLM is that as it stands, "
         "those below it change what they name."
     )
+    if not any("val" in one for seeded in found.values() for one in seeded):
+        note += " There is no validation part: TF-IDF ridge is tuned on the night's held-out items, text to judgment is not tuned."
     return table(f"Quality on {data.name}", ["method", *columns], rows, note)
