@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ _COLOURS = {
     "popularity": "#b3bac2",
     "random": "#d5dadf",
 }
+# Of lines that must be told apart; beyond these they come again, dashed and then dotted.
+_LINES = ("#1f5fa8", "#d1495b", "#2e8b57", "#d98e04", "#7b4fa3", "#5aa0dc", "#8d6e53")
 _INK, _GRID = "#30363d", "#e4e8ec"
 
 
@@ -132,9 +135,10 @@ def probability_by_rank(ranks: NDArray[np.int64], probabilities: NDArray[np.floa
 def curves(lines: dict[str, list[tuple[float, float]]], x: str, y: str) -> str:
     """One line a name through its (x, y) points; x on a logarithmic axis with a tick at each point."""
     figure, (axis,) = _figure(5.4, 3.2)
-    for (name, points), colour in zip(lines.items(), _COLOURS.values(), strict=False):
+    looks = itertools.cycle((style, colour) for style in ("-", "--", ":") for colour in _LINES)
+    for (name, points), (style, colour) in zip(lines.items(), looks, strict=False):
         xs, ys = zip(*sorted(points), strict=True)
-        axis.plot(xs, ys, color=colour, marker="o", markersize=4, label=name)
+        axis.plot(xs, ys, color=colour, linestyle=style, marker="o", markersize=4, label=name)
     ticks = sorted({at for points in lines.values() for at, _ in points})
     axis.set_xscale("log")
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from udfs.llm_init import LLMInit, LLMInitError, start, text_map
+from udfs.llm_init import LLMInit, LLMInitError, NarrowTextsError, start, text_map
 
 N, WIDTH = 50, 12
 
@@ -91,7 +91,7 @@ def test_users_begin_at_the_mean_of_their_items() -> None:
 
 
 def test_widths_that_do_not_fit_and_no_text_are_errors() -> None:
-    with pytest.raises(LLMInitError, match=r"cf.dimension is 13 and the text embeddings have 12 .* of 12 at most"):
+    with pytest.raises(NarrowTextsError, match=r"cf.dimension is 13 and the text embeddings have 12 .* of 12 at most"):
         text_map(_texts(), POPULARITY, 13, LLMInit(), 0)
     with pytest.raises(LLMInitError, match=r"needs cf\.dimension=12"):
         text_map(_texts(), POPULARITY, 4, LLMInit("full"), 0)

@@ -13,17 +13,20 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from scipy import sparse
 
-from jobs.benchmark import baselines, llminit, llminit_rows, quality, systems
-from jobs.benchmark.datasets import DataSet
-from jobs.benchmark.quality_rows import ROWS, overrides
+from jobs.benchmark import baselines, llminit, quality, systems
+from jobs.benchmark.datasets import DATA_SETS, DataSet
+from jobs.benchmark.measured import Measured
+from jobs.benchmark.quality_rows import ROWS
 from jobs.lake import Lake
-from jobs.settings import load
 from schemas.errors import ColdRefreshError
 from tests.small_lake import RUN_DATE, SmallLake, build, tables
 from udfs import splits
+from udfs.ranking_metrics import task
 
 ROW_NAMES = ["FilterLLM", "random", "popularity", "CF on warm", "TF-IDF"]
 
@@ -39,6 +42,7 @@ def test_the_figures_are_those_of_the_night(
     )
     result = quality.run(args)
     found = {name: one[0]["test"] for name, one in result["results"]["small"].items()}
+    assert result["split_seeds"] == {"small": None}
 
     # The same settings and inputs: the night that is there is gone on with, and its own metrics say the same.
     metrics = Lake(str(lake.lake), {}).read("metrics").to_pylist()
@@ -76,7 +80,7 @@ def test_a_split_by_items_is_tuned_on_its_validation_part(
         pq.write_table(table, folder / f"{name}.parquet")
     evaluate = {"protocol": "random_item", "k": [5], "bootstrap": 0}
     conf = build(tmp_path / "conf", evaluate=evaluate, snapshot={"split": {"table": "split", "train": ["train"]}}).conf
-    shop = DataSet("shop", str(conf), RUN_DATE + timedelta(days=30))
+    shop = DataSet("shop", str(conf), RUN_DATE + timedelta(days=30), split_seed=5)
     monkeypatch.setattr(quality, "DATA_SETS", {"shop": shop})
     monkeypatch.setenv("COLD_REFRESH_DATA", str(folder.parent))
     args = argparse.Namespace(
@@ -91,10 +95,12 @@ def test_a_split_by_items_is_tuned_on_its_validation_part(
         assert found["FilterLLM"][part]["warm ndcg@5"] == found["CF on warm items only"][part]["warm ndcg@5"]
 
     split = pd.read_parquet(tmp_path / "work" / "shop-split.parquet")
+    pairs = pd.read_parquet(folder / "interactions.parquet", columns=["user_id", "item_id"]).astype(str)
+    pd.testing.assert_frame_equal(split, splits.random_item(pairs, 5))
     night = quality.measure(shop, str(tmp_path / "work" / "shop"), 3, [])
     for part in ("val", "test"):
-        task = night.parts[part].tasks["cold"]
-        asked = {night.catalog.item_ids[task.candidates[place]] for place in task.truth.tocoo().col}
+        cold = night.parts[part].tasks["cold"]
+        asked = {night.catalog.item_ids[cold.candidates[place]] for place in cold.truth.tocoo().col}
         assert asked == set(split.loc[split["part"] == f"cold_{part}", "item_id"])
 
     pq.write_table(tables(seed=12)[0], folder / "interactions.parquet")
@@ -114,6 +120,35 @@ def test_what_is_best_on_the_validation_part_is_taken() -> None:
     options = {value: np.full((2, 2), value, np.float32) for value in (1.0, 2.0, 10.0)}
     assert baselines._tuned(night, options, "x")[0, 0] == pytest.approx(3.2)  # 2 with 1.6 times the length
     assert set(asked) == {"val"}
+
+
+def test_without_a_validation_part_the_ridge_is_tuned_on_what_the_night_holds_out() -> None:
+    rng = np.random.default_rng(0)
+    texts = sparse.csr_array(rng.random((400, 12)))
+    noise = rng.normal(0.0, 0.05, (400, 4))
+    items = (texts @ rng.normal(size=(12, 4)) + noise).astype(np.float32)
+    users = rng.normal(size=(50, 4)).astype(np.float32)
+    cold, held = np.arange(400) < 100, pa.table({"item_id": [f"{item}" for item in range(150, 200)]})
+    night: Any = SimpleNamespace(
+        parts={"test": 0},
+        catalog=SimpleNamespace(
+            cold=cold, item_ids=[f"{item}" for item in range(400)], interactions=np.ones(400, np.int64)
+        ),
+        systems=SimpleNamespace(
+            texts=texts, items=items, items_known=~cold, users=users, users_known=np.ones(50, np.bool_)
+        ),
+        run=SimpleNamespace(
+            staging=lambda name: SimpleNamespace(read=lambda table, columns: held),
+            settings=SimpleNamespace(filterllm=SimpleNamespace(word_ridge=1000.0)),
+        ),
+    )
+    true = texts[cold] @ np.linalg.lstsq(texts.toarray(), items, rcond=None)[0]
+    tuned = baselines.tfidf_ridge(night)
+    assert np.linalg.norm(tuned - true) < 0.1 * np.linalg.norm(true)
+    held = held.slice(0, 5)  # too few: as short as the night's own ridge makes them
+    assert np.median(np.linalg.norm(baselines.tfidf_ridge(night), axis=1)) < 0.5 * np.median(
+        np.linalg.norm(tuned, axis=1)
+    )
 
 
 def test_the_systems_cost_what_their_stages_cost(
@@ -216,44 +251,28 @@ def test_llminit_rows_are_measured_on_a_lake(
         llminit.run(args)
 
 
-def test_the_curve_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llminit, "lake_of", lambda data, work: "")
-    monkeypatch.setattr(llminit, "Source", lambda data, lake: None)
-    cells = {f"{start}, d = {d}": d / 1000 for start in ("random", "LLMInit variance", "LLMInit PCA") for d in (32, 64)}
+def test_the_table_has_every_k_and_says_how_items_are_split() -> None:
+    every, none = np.arange(30), np.zeros(0, np.int64)
+    asked = task(every, (np.zeros(2, np.int64), np.array([4, 14])), (none, none))
+    settings = SimpleNamespace(evaluate=SimpleNamespace(k=(20, 10)))
+    parts: Any = {"test": SimpleNamespace(tasks={"cold": asked})}
+    night: Any = SimpleNamespace(parts=parts, run=SimpleNamespace(settings=settings))
+    # Items in the order of their numbers: one of the two is among the first ten.
+    found = Measured.metrics(night, "test", {"cold": lambda users: -np.tile(every, (len(users), 1)).astype(np.float32)})
+    assert (found["cold recall@20"], found["cold recall@10"]) == (1.0, 0.5)
 
-    def cell(row: Any, *given: Any) -> dict[str, Any]:
-        test = {f"all {metric}": cells[row.name] for metric in llminit._METRICS}
-        return {"all": {"test": test, "epoch": 3, "epochs": 5, "seconds": 1.0}}
-
-    monkeypatch.setattr(llminit, "_cell", cell)
-    given = {
-        "dataset": ["amazon-toys"],
-        "seeds": [1, 2],
-        "rows": None,
-        "protocols": ["all"],
-        "curve": [32, 64],
-        "encoder": [],
-        "patience": 10,
-        "look": 2,
-    }
-    args = argparse.Namespace(**given, overrides=[], work=str(tmp_path), out=str(tmp_path))
-    result = llminit.run(args)
-    assert [row[0] for row in result["tables"][0]["rows"]] == list(cells)
-    text = (tmp_path / "llminit_curve_amazon-toys.svg").read_text()
-    assert all(word in text for word in ("random", "LLMInit PCA", "dimensions", "64"))
-
-
-@pytest.mark.parametrize("row", llminit_rows.ROWS, ids=lambda row: row.name)
-def test_every_llminit_row_is_a_setting_of_the_confs(row: llminit_rows.Row) -> None:
-    given = [override.format_map(dict.fromkeys(row.encoders, "/some/folder")) for override in row.overrides]
-    chosen = load("conf/amazon.yaml", [*llminit_rows.BASE, *given])
-    assert chosen.cf.model in ("bpr", "lightgcn", "sgl", "sgcl")
-    assert chosen.cf.init == ("llminit" if "LLMInit" in row.name else "random")
-
-
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_every_row_is_a_setting_of_the_confs(row: quality.Row) -> None:
-    assert (overrides(row, {}) is None) == bool(row.encoders)
-    given = overrides(row, dict.fromkeys(row.encoders, "/some/folder"))
-    confs = ("conf/citeulike.yaml", "conf/amazon.yaml")
-    assert any(load(conf).digest() != load(conf, given).digest() for conf in confs) == bool(row.overrides)
+    args = argparse.Namespace(seeds=[7], overrides=["evaluate.k=[20,10]"])
+    data = DATA_SETS["citeulike-a"]
+    two = quality._table(data, {"FilterLLM": [{"test": found}]}, args)
+    args.overrides = []
+    one = quality._table(data, {"FilterLLM": [{"test": found}]}, args)
+    assert one["columns"] == [
+        "method", "overall ndcg@20", "cold ndcg@20", "warm ndcg@20", "overall recall@20", "cold recall@20", "warm recall@20",
+        "distribution ndcg@20",
+    ]  # fmt: skip
+    assert two["columns"] == one["columns"] + [name.replace("20", "10") for name in one["columns"][1:]]
+    assert "split as it comes or by time, trained with seeds [7]" in one["note"]
+    beauty = quality._table(DATA_SETS["amazon-beauty"], {"FilterLLM": [{"test": found}]}, args)
+    assert "items split at random (seed 2026), trained with seeds [7]" in beauty["note"]
+    cells = dict(zip(two["columns"], two["rows"][0], strict=True))
+    assert (cells["cold recall@10"], cells["cold recall@20"]) == ("0.5000", "1.0000")

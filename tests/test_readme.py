@@ -78,9 +78,10 @@ def test_the_settings_of_a_command_are_known(command: str) -> None:
     load(REPOSITORY / words[words.index("--conf") + 1], given)
 
 
+ENCODERS = {"mpnet": "./all-mpnet-base-v2"}
 ROWS = {
-    "quality": [*quality._FLOORS, *BASELINES, *(row.name for row in quality.ROWS)],
-    "llminit": [row.name for row in llminit_rows.ROWS],
+    "quality": [*quality._FLOORS, *BASELINES, *(row.name for row in quality.rows(ENCODERS))],
+    "llminit": [row.name for row in llminit_rows.rows(ENCODERS)],
     "allmrec": [row.name for row in allmrec_rows.ROWS],
     "systems": list(systems.SYSTEMS),
 }
@@ -91,4 +92,8 @@ def test_every_row_is_known(command: str) -> None:
     words = shlex.split(command)
     after = words[words.index("--rows") + 1 :]
     asked = after[: next((n for n, word in enumerate(after) if word.startswith("--")), None)]
-    assert chosen(asked, ROWS[words[words.index("jobs.benchmark") + 1]])
+    known = ROWS[words[words.index("jobs.benchmark") + 1]]
+    if "--curve" in words:
+        known = [row.at(32).name for row in llminit_rows.by_dimension(ENCODERS)]
+    assert chosen(asked, known)
+    assert "--encoder" in words or not any("mpnet" in name for name in asked)

@@ -27,6 +27,10 @@ class LLMInitError(ColdRefreshError):
     """The start cannot be made: the message says which widths do not fit, or that there is no text."""
 
 
+class NarrowTextsError(LLMInitError):
+    """The space is wider than the text embeddings are."""
+
+
 @dataclass(frozen=True)
 class LLMInit:
     """How the start is made (section 3 of the paper, but for pca and the scales).
@@ -77,7 +81,8 @@ def text_map(
     """Choose the map of the items' texts [n, D], whose numbers of training pairs are `popularity` [n].
 
     Raises:
-        LLMInitError: no two items differ, or the text is narrower than `dimension` (or not as wide, if all of it is asked for).
+        NarrowTextsError: the text is narrower than `dimension`.
+        LLMInitError: no two items differ, or the text is wider than `dimension` and all of it is asked for.
     """
     n, width = texts.shape
     if not n or not np.ptp(texts, axis=0).any():
@@ -86,7 +91,8 @@ def text_map(
         )
     if dimension > width or (options.select == "full" and dimension != width):
         wanted = f"cf.dimension={width}" if options.select == "full" else f"a cf.dimension of {width} at most"
-        raise LLMInitError(
+        kind = NarrowTextsError if dimension > width else LLMInitError
+        raise kind(
             f"LLMInit: cf.dimension is {dimension} and the text embeddings have {width} dimensions; "
             f"cf.llminit.select={options.select} needs {wanted}"
         )

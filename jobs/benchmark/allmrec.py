@@ -24,6 +24,7 @@ from jobs.benchmark.allmrec_cells import METRICS, cell
 from jobs.benchmark.allmrec_data import Corpus
 from jobs.benchmark.allmrec_rows import ROWS, SIZES, Options, Row
 from jobs.benchmark.choice import HELP, chosen
+from jobs.benchmark.datasets import SPLIT_SEED
 from jobs.benchmark.kept import Kept
 from jobs.benchmark.table import mean_and_spread, table
 from jobs.run import log
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                         found[row.name][number][scenario] = one
         results[name] = found
         tables += _tables(name, found, list(scenarios), base, args.seeds)
-    return {"options": asdict(base), "tables": tables, "results": results}
+    return {"options": asdict(base), "split_seed": SPLIT_SEED, "tables": tables, "results": results}
 
 
 def _kept(
@@ -115,7 +116,8 @@ def _tables(
     asked = ", ".join(f"{group} {count}" for group, count in users.items())
     sizes = " ".join(f"{size}={getattr(base, size)}" for size in SIZES)
     made[-1]["note"] = (
-        f"Test items, seeds {seeds}; mean ± standard deviation. Empty: does not apply. Users asked: {asked}. Seconds: "
+        f"Test items; cold items, cold users and candidates drawn with seed {SPLIT_SEED}, trained with seeds {seeds}; mean ± "
+        f"standard deviation. Empty: does not apply. Users asked: {asked}. Seconds: "
         "training of all parts and scoring; MB: the peak of the most demanding part, beyond what was there before. "
         f"Sizes: {sizes} (0: all)."
     )

@@ -1,7 +1,8 @@
 """What FilterLLM is compared with on a night: other vectors for the cold items, in the space of the night's users.
 
 Each takes the night and returns [cold items, d] float32 in the catalog's order, or None where cold items get no vector. What
-must be tuned is tuned on the validation part.
+must be tuned is tuned on the validation part; where there is none (a split by time), TF-IDF ridge is on the warm items that the
+night itself holds out, and interactions are folded in as the first of the options.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from jobs.benchmark import coldllm
 from jobs.benchmark.datasets import data_folder
 from jobs.benchmark.measured import Measured
 from jobs.run import log
-from udfs.fold_in import fold_in, to_csr
+from jobs.sampled_users import ENOUGH
+from udfs.fold_in import fold_in, gram, norm_scale, to_csr
 
 _RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 10.0)
 _INTERACTIONS = (1.0, 2.0, 5.0, 15.0)
@@ -37,15 +39,41 @@ def tfidf_ridge(night: Measured) -> np.ndarray:
     catalog, systems = night.catalog, night.systems
     warm = ~catalog.cold & systems.items_known
 
-    def fitted(ridge: float) -> np.ndarray:
+    def mapped(ridge: float, learn: np.ndarray, asked: np.ndarray) -> np.ndarray:
         # The normal equations of as many items as words are solved by conjugate gradients.
         model = Ridge(alpha=ridge, solver="sparse_cg", tol=1e-3, fit_intercept=False)
-        model.fit(systems.texts[warm], systems.items[warm])
-        return np.asarray(model.predict(systems.texts[catalog.cold]), np.float32)
+        model.fit(systems.texts[learn], systems.items[learn])
+        return np.asarray(model.predict(systems.texts[asked]), np.float32)
 
-    # Where nothing can be tuned by, what the night's own map of words has.
-    ridges = _RIDGES if "val" in night.parts else (night.run.settings.filterllm.word_ridge,)
-    return _tuned(night, {ridge: fitted(ridge) for ridge in ridges}, "tfidf_ridge")
+    if "val" not in night.parts:
+        ridge, length = _best_for_held_out(night, warm, mapped)
+        return mapped(ridge, warm, catalog.cold) * np.float32(length)
+    return _tuned(night, {ridge: mapped(ridge, warm, catalog.cold) for ridge in _RIDGES}, "tfidf_ridge")
+
+
+def _best_for_held_out(
+    night: Measured, warm: np.ndarray, mapped: Callable[[float, np.ndarray, np.ndarray], np.ndarray]
+) -> tuple[float, float]:
+    """The ridge and the length of vectors that suit the night's held-out items, which refresh.scale=auto goes by too.
+
+    Each ridge gives vectors of the median length of CF's own; the best are nearest to these by the scores that users give
+    them (udfs/blend.py). With fewer than ten items: the ridge of the night's map of words, vectors as they come.
+    """
+    catalog, systems = night.catalog, night.systems
+    staged = night.run.staging("filterllm_score").read("held_out", ["item_id"])
+    held = warm & np.isin(catalog.item_ids, staged["item_id"].to_pylist())
+    if held.sum() < ENOUGH:
+        return night.run.settings.filterllm.word_ridge, 1.0
+    metric, trained = gram(systems.users[systems.users_known]), systems.items[held]
+    found = {}
+    for ridge in _RIDGES:
+        vectors = mapped(ridge, warm & ~held, held)
+        length = norm_scale(trained, vectors)
+        off = length * vectors - trained
+        found[ridge] = (float(((off @ metric) * off).sum(axis=1) @ catalog.interactions[held]), length)
+    best = min(found, key=lambda ridge: found[ridge][0])
+    log(f"[benchmark] tfidf_ridge: {best:g} is best for {held.sum()} held-out items of {found}")
+    return best, found[best][1]
 
 
 def released(night: Measured) -> np.ndarray:

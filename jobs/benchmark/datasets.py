@@ -31,20 +31,31 @@ class DataSet:
     """Which settings a data set has, and on what dates it is measured.
 
     conf: a file of conf/. run_date: of the test; a split by time has no validation part, and is tuned on an earlier date.
+    split_seed: of the random split by items that the benchmark makes; None where the data set has a split, or is split by time.
     """
 
     name: str
     conf: str
     run_date: date = date(2026, 1, 1)
+    split_seed: int | None = None
+
+    @property
+    def split(self) -> str:
+        """How it is split, in words."""
+        return (
+            "split as it comes or by time"
+            if self.split_seed is None
+            else f"items split at random (seed {self.split_seed})"
+        )
 
 
 DATA_SETS = {
     one.name: one
     for one in (
         DataSet("citeulike-a", "conf/citeulike.yaml"),
-        DataSet("amazon-beauty", "conf/amazon.yaml"),
-        DataSet("amazon-games", "conf/amazon.yaml"),
-        DataSet("amazon-toys", "conf/amazon.yaml"),  # short derived phrases for texts
+        DataSet("amazon-beauty", "conf/amazon.yaml", split_seed=SPLIT_SEED),
+        DataSet("amazon-games", "conf/amazon.yaml", split_seed=SPLIT_SEED),
+        DataSet("amazon-toys", "conf/amazon.yaml", split_seed=SPLIT_SEED),  # short derived phrases for texts
         DataSet("complete-journey", "conf/demo.yaml", date(2017, 11, 1)),
     )
 }
@@ -74,7 +85,8 @@ def lake_of(data: DataSet, work: Path) -> str:
     elif data.name == "citeulike-a":
         name, request = "citeulike", Request(source=data_folder(data.name))
     else:
-        name, request = "parquet", Request(source=data_folder(data.name), split=_split(data, work))
+        split = None if data.split_seed is None else _split(data, data.split_seed, work)
+        name, request = "parquet", Request(source=data_folder(data.name), split=split)
     digest = "" if request.source is None else _digest(request.source)
     if made_of.exists() and made_of.read_text() != digest:
         raise ColdRefreshError(f"{lake.uri} was made of another {data.name} than {request.source}: name another --work")
@@ -94,10 +106,10 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _split(data: DataSet, work: Path) -> Path:
+def _split(data: DataSet, seed: int, work: Path) -> Path:
     target = work / f"{data.name}-split.parquet"
     if not target.exists():
         pairs = pd.read_parquet(data_folder(data.name) / "interactions.parquet", columns=["user_id", "item_id"])
         work.mkdir(parents=True, exist_ok=True)
-        splits.random_item(pairs.astype(str), SPLIT_SEED).to_parquet(target)
+        splits.random_item(pairs.astype(str), seed).to_parquet(target)
     return target

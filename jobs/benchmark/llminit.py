@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import importlib
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,15 +27,17 @@ import pandas as pd
 
 from jobs import cf, cf_start, plots, text_embeddings
 from jobs import settings as conf
-from jobs.benchmark.choice import HELP, chosen
+from jobs.benchmark.backbones import MODELS
+from jobs.benchmark.choice import ENCODER_HELP, HELP, chosen, encoders
 from jobs.benchmark.datasets import DATA_SETS, DataSet, lake_of
 from jobs.benchmark.kept import Kept
-from jobs.benchmark.llminit_rows import BASE, BY_DIMENSION, ROWS, Row
+from jobs.benchmark.llminit_rows import BASE, Row, by_dimension, rows
 from jobs.benchmark.table import mean_and_spread, table
 from jobs.run import Run, execute, log, open_run
 from schemas.errors import ColdRefreshError
 from udfs import cf_model, splits
 from udfs.cf_inputs import Pairs
+from udfs.llm_init import NarrowTextsError
 from udfs.ranking_metrics import Task, per_user, task
 from udfs.scorers import dot_scorer
 from udfs.vectors import Matrix
@@ -52,9 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", nargs="+", help=HELP)
     parser.add_argument("--protocols", choices=list(PROTOCOLS), nargs="+", default=list(PROTOCOLS))
     parser.add_argument(
-        "--curve", type=int, nargs="+", metavar="D", help="instead: LightGCN's starts at these dimensions"
+        "--curve",
+        type=int,
+        nargs="+",
+        metavar="D",
+        help="instead: LightGCN's starts at these dimensions, as far as the texts are as wide",
     )
-    parser.add_argument("--encoder", action="append", default=[], metavar="NAME=FOLDER", help="such as mpnet=FOLDER")
+    parser.add_argument("--encoder", action="append", default=[], metavar="NAME=FOLDER", help=ENCODER_HELP)
     parser.add_argument("--patience", type=int, default=10, help="looks at the validation items without a gain")
     parser.add_argument("--look", type=int, default=2, help="epochs between two looks (default: %(default)s)")
     parser.add_argument(
@@ -108,40 +115,49 @@ class Source:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if other := [one for one in args.overrides if not one.startswith(("cf.", "text."))]:
         raise ColdRefreshError(f"--set {other}: of the settings this benchmark has cf and text only")
-    encoders = dict(pair.split("=", 1) for pair in args.encoder)
-    rows = _rows(args, encoders)
+    wanted = _rows(args)
     tables, results = [], {}
     for name in args.dataset:
         data = DATA_SETS[name]
         lake = lake_of(data, Path(args.work))
         source = Source(data, lake)
-        found = {
-            row.name: [_cell(row, source, name, lake, seed, args, encoders) for seed in args.seeds] for row in rows
-        }
+        found = {}
+        for row in wanted:
+            try:
+                found[row.name] = [_cell(row, source, name, lake, seed, args) for seed in args.seeds]
+            except NarrowTextsError as error:
+                log(f"[benchmark] {name}, {row.name}: left out, {error}")
         results[name] = found
         tables.append(_table(name, found, args))
-        if args.curve:
-            plot = Path(args.out) / f"llminit_curve_{name}.svg"
+        if args.curve and found:
+            plot = Path(args.out) / _plot_name(name, args)
             plot.parent.mkdir(parents=True, exist_ok=True)
             plot.write_text(plots.curves(_curves(found), "dimensions", "ndcg@10"))
             log(f"written to {plot}")
     return {"tables": tables, "results": results}
 
 
-def _rows(args: argparse.Namespace, encoders: dict[str, str]) -> list[Row]:
-    rows = [row for row in ROWS if all(name in encoders for name in row.encoders)]
+def _rows(args: argparse.Namespace) -> list[Row]:
+    others = encoders(args.encoder)
+    there = rows(others)
     if args.curve:
-        rows = [row.at(dimension) for row in BY_DIMENSION for dimension in args.curve]
-    names = chosen(args.rows, [row.name for row in rows])
-    return [row for row in rows if row.name in names]
+        there = [row.at(dimension) for row in by_dimension(others) for dimension in args.curve]
+    names = chosen(args.rows, [row.name for row in there])
+    return [row for row in there if row.name in names]
 
 
-def _cell(
-    row: Row, source: Source, name: str, lake: str, seed: int, args: argparse.Namespace, encoders: dict[str, str]
-) -> dict[str, Any]:
+def _plot_name(name: str, args: argparse.Namespace) -> str:
+    """Other encoders and settings have a plot of their own."""
+    parts = ["llminit_curve", name, *encoders(args.encoder), *args.overrides]
+    return "_".join(re.sub(r"[^\w.-]+", "-", part) for part in parts) + ".svg"
+
+
+def _cell(row: Row, source: Source, name: str, lake: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """{protocol: {val, test: {group metric: value}, epoch, epochs, seconds}} of a row and seed."""
-    own = [override.format_map(encoders) if row.encoders else override for override in row.overrides]
-    settings = conf.load(DATA_SETS[name].conf, [*BASE, *own, *args.overrides, f"seed={seed}", f"lake={lake}"])
+    given = [*BASE, *row.overrides, *args.overrides, f"seed={seed}", f"lake={lake}"]
+    settings = conf.load(DATA_SETS[name].conf, given)
+    if settings.cf.init == "llminit" and settings.cf.llminit.select == "full":
+        settings = conf.load(DATA_SETS[name].conf, [*given, f"cf.dimension={source.texts(settings).shape[1]}"])
     found = {}
     for protocol in args.protocols:
         body = [settings.digest("cf", "text" if settings.cf.init == "llminit" else "cf"), args.patience, args.look]
@@ -234,10 +250,12 @@ def _table(name: str, found: dict[str, list[dict[str, Any]]], args: argparse.Nam
         each = float(np.mean([one["seconds"] / one["epochs"] for one in first]))
         rows.append([row, *cells, mean_and_spread([one["epoch"] for one in first], 0), round(each, 2)])
     columns = ["model and start", *(f"{group} {metric}" for group in groups for metric in _METRICS), "epoch", "s/epoch"]
+    own = "; ".join(f"{name}: {' '.join(tuned)}" for name, (_, *tuned) in MODELS.items() if tuned)
     note = (
-        f"Test items, seeds {args.seeds}; mean ± standard deviation. All users; users with a single training interaction; "
+        f"Test items, seeds {args.seeds} of split and training; mean ± standard deviation. "
+        "All users; users with a single training interaction; "
         f"users with half of theirs. Epoch: the best on the validation items, {args.patience} looks of {args.look} epochs without "
-        f"a gain end a training. Settings: {' '.join([*BASE, *args.overrides])}."
+        f"a gain end a training. Settings, the last winning: {' '.join(BASE)}; {own}; {' '.join(args.overrides) or 'no --set'}."
     )
     return table(f"LLMInit on {name}", columns, rows, note)
 
@@ -246,7 +264,7 @@ def _curves(found: dict[str, list[dict[str, Any]]]) -> dict[str, list[tuple[floa
     """start -> (dimension, mean ndcg@10 of all users)."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for row, seeded in found.items():
-        start, dimension = row.split(", d = ")
+        start, dimension = row.rsplit(", d = ", 1)
         value = float(np.mean([cell["all"]["test"]["all ndcg@10"] for cell in seeded]))
         curves.setdefault(start, []).append((float(dimension), value))
     return curves

@@ -2,83 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-#: What all rows share: the paper's dimension and layers; batches as large as a CPU likes them. The rest was tuned on the
-#: validation items of Amazon Beauty.
-BASE = (
-    "cf.dimension=128",
-    "cf.epochs=300",
-    "cf.batch_size=2048",
-    "cf.learning_rate=0.005",
-    "cf.weight_decay=0.0001",
-    "cf.layers=2",
-    "text.also=[]",
-)
+from jobs.benchmark.backbones import MODELS, STARTS, TRAINING
+
+#: What all rows share: the paper's dimension, and what LightGCN was tuned to; other models' own is in MODELS.
+BASE = ("cf.dimension=128", "cf.epochs=300", *TRAINING, "text.also=[]")
 
 
 @dataclass(frozen=True)
 class Row:
-    """overrides: key=value. encoders: names of `--encoder` that must be given for the row."""
+    """overrides: key=value."""
 
     name: str
     overrides: tuple[str, ...]
-    encoders: tuple[str, ...] = ()
 
     def at(self, dimension: int) -> Row:
         """The row in a space of so many dimensions."""
-        return Row(f"{self.name}, d = {dimension}", (*self.overrides, f"cf.dimension={dimension}"), self.encoders)
+        return Row(f"{self.name}, d = {dimension}", (*self.overrides, f"cf.dimension={dimension}"))
 
 
-_MODELS = {"BPR": "bpr", "LightGCN": "lightgcn", "SGL": "sgl", "SGCL": "sgcl"}
-_LLM = "cf.init=llminit"
-_VARIANCE = "cf.llminit.select=variance"
-_STARTS = {
-    "random": (),
-    "LLMInit random": (_LLM, "cf.llminit.select=random"),
-    "LLMInit uniform": (_LLM, "cf.llminit.select=uniform"),
-    "LLMInit variance": (_LLM, _VARIANCE),
-    "LLMInit PCA": (_LLM, "cf.llminit.select=pca"),
-    # MiniLM's width.
-    "LLMInit full": (_LLM, "cf.llminit.select=full", "cf.dimension=384"),
-    "random, d = 384": ("cf.dimension=384",),
-}
-_ENCODERS = {
-    "mpnet": (("text.model={mpnet}",), ("mpnet",)),
-    "SmolLM2, last token": (("text.model=smollm2",), ()),
-    "SmolLM2, mean": (("text.model=smollm2", "text.pooling=mean"), ()),
-}
+_LIGHTGCN = MODELS["LightGCN"]
+_VARIANCE, _PCA = STARTS["LLMInit variance"], STARTS["LLMInit PCA"]
+# As wide as the encoder's texts are, whatever cf.dimension is.
+_FULL = ("cf.init=llminit", "cf.llminit.select=full")
 
-ROWS = (
+_ROWS = (
     *(
-        Row(f"{model}, {start}", (f"cf.model={name}", *overrides))
-        for model, name in _MODELS.items()
-        for start, overrides in _STARTS.items()
+        Row(f"{name}, {start}", (*model, *overrides))
+        for name, model in MODELS.items()
+        for start, overrides in (STARTS | {"LLMInit full": _FULL, "random, d = 384": ("cf.dimension=384",)}).items()
     ),
     *(
-        Row(
-            f"LightGCN, LLMInit {select}, {scale}",
-            ("cf.model=lightgcn", _LLM, f"cf.llminit.select={select}", f"cf.llminit.scale={scale}"),
-        )
-        for select in ("variance", "pca")
+        Row(f"LightGCN, LLMInit {select}, {scale}", (*_LIGHTGCN, *start, f"cf.llminit.scale={scale}"))
+        for select, start in (("variance", _VARIANCE), ("pca", _PCA))
         for scale in ("raw", "unit_norm")
     ),
-    *(
-        Row(f"LightGCN, LLMInit variance, {name}", ("cf.model=lightgcn", _LLM, _VARIANCE, *overrides), encoders)
-        for name, (overrides, encoders) in _ENCODERS.items()
+    Row("LightGCN, LLMInit variance, SmolLM2, last token", (*_LIGHTGCN, *_VARIANCE, "text.model=smollm2")),
+    Row(
+        "LightGCN, LLMInit variance, SmolLM2, mean", (*_LIGHTGCN, *_VARIANCE, "text.model=smollm2", "text.pooling=mean")
     ),
-    *(
-        Row(f"LightGCN, LLMInit PCA, {name}", ("cf.model=lightgcn", _LLM, "cf.llminit.select=pca", text), encoders)
-        for name, text, encoders in (
-            ("MiniLM + words", "text.also=[words]", ()),
-            ("mpnet", "text.model={mpnet}", ("mpnet",)),
-        )
-    ),
+    Row("LightGCN, LLMInit PCA, MiniLM + words", (*_LIGHTGCN, *_PCA, "text.also=[words]")),
 )
 
-#: The starts whose quality is measured by dimension.
-BY_DIMENSION = (
-    Row("random", ("cf.model=lightgcn",)),
-    Row("LLMInit variance", ("cf.model=lightgcn", _LLM, _VARIANCE)),
-    Row("LLMInit PCA", ("cf.model=lightgcn", _LLM, "cf.llminit.select=pca")),
-)
+
+def rows(encoders: Mapping[str, str]) -> list[Row]:
+    """All of them, with further text encoders: name -> folder."""
+    starts = {"LLMInit variance": _VARIANCE, "LLMInit PCA": _PCA, "LLMInit full": _FULL}
+    return [
+        *_ROWS,
+        *(
+            Row(f"LightGCN, {start}, {encoder}", (*_LIGHTGCN, *overrides, f"text.model={folder}"))
+            for encoder, folder in encoders.items()
+            for start, overrides in starts.items()
+        ),
+    ]
+
+
+def by_dimension(encoders: Mapping[str, str]) -> list[Row]:
+    """The starts whose quality is measured by dimension, of LightGCN."""
+    return [
+        *(Row(start, (*_LIGHTGCN, *overrides)) for start, overrides in STARTS.items()),
+        *(
+            Row(f"{start}, {encoder}", (*_LIGHTGCN, *STARTS[start], f"text.model={folder}"))
+            for encoder, folder in encoders.items()
+            for start in ("LLMInit variance", "LLMInit PCA")
+        ),
+    ]

@@ -29,12 +29,12 @@ class Measured:
     systems: Systems
 
     def metrics(self, part: str, scorers: dict[str, Scorer | None]) -> dict[str, float]:
-        """Of one scorer a split (None: the split has no figure)."""
+        """Of one scorer a split (None: the split has no figure), at each K of evaluate.k."""
         found: dict[str, float] = {}
         for split, task in self.parts[part].tasks.items():
             scorer = scorers.get(split)
             if scorer is not None:
-                values = per_user(scorer, task, self.run.settings.evaluate.k[:1])
+                values = per_user(scorer, task, self.run.settings.evaluate.k)
                 found |= {f"{split} {name}": float(value.mean()) for name, value in values.items()}
         return found
 

@@ -1,28 +1,27 @@
-"""Quality of every method on a data set: NDCG and recall at K (evaluate.k) of what rankers would read, with the spread over seeds.
+"""Quality of every method on a data set: NDCG and recall of what rankers would read, with the spread over seeds.
 
     python -m jobs.benchmark quality --dataset citeulike-a --seeds 7 8 9 --encoder mpnet=FOLDER
 
-Columns: overall, cold and warm from the refreshed user and item embeddings of a night, and cold from the distribution p(u|i)
-itself. A setting is chosen by the validation part (it is in the JSON as `val`); the table is of the test part. What is done
-is kept under --work, so the command goes on where it was stopped.
+Columns, for each K of evaluate.k: overall, cold and warm from the refreshed user and item embeddings of a night, and cold
+from the distribution p(u|i) itself. A setting is chosen by the validation part (it is in the JSON as `val`); the table is of
+the test part. What is done is kept under --work, so the command goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jobs import settings as conf
 from jobs.benchmark.baselines import BASELINES, ONLY
-from jobs.benchmark.choice import HELP, chosen
+from jobs.benchmark.choice import ENCODER_HELP, HELP, chosen, encoders
 from jobs.benchmark.datasets import DATA_SETS, DataSet, lake_of
 from jobs.benchmark.kept import Kept
 from jobs.benchmark.measured import Measured, measure
-from jobs.benchmark.quality_rows import ROWS, Row, overrides
+from jobs.benchmark.quality_rows import Row, rows
 from jobs.benchmark.table import mean_and_spread, table
 from jobs.run import log, parse_run_date
 
@@ -34,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", choices=list(DATA_SETS), nargs="+", default=["citeulike-a"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9])
     parser.add_argument("--rows", nargs="+", help=HELP)
-    parser.add_argument("--encoder", action="append", default=[], metavar="NAME=FOLDER", help="such as mpnet=FOLDER")
+    parser.add_argument("--encoder", action="append", default=[], metavar="NAME=FOLDER", help=ENCODER_HELP)
     parser.add_argument(
         "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="for all rows"
     )
@@ -43,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    encoders = dict(pair.split("=", 1) for pair in args.encoder)
-    names = chosen(args.rows, [*_FLOORS, *BASELINES, *(row.name for row in ROWS)])
+    there = [*(Row(name) for name in (*_FLOORS, *BASELINES)), *rows(encoders(args.encoder))]
+    names = chosen(args.rows, [row.name for row in there])
     work = Path(args.work)
     tables, results = [], {}
     for name in args.dataset:
@@ -53,31 +52,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             data = replace(data, run_date=parse_run_date(args.run_date))
         lake = lake_of(data, work)
         found = {}
-        for row in _wanted(names, encoders, name):
-            found[row.name] = _row(row, data, lake, args, encoders, work)
+        for row in there:
+            if row.name not in names:
+                continue
+            if ONLY.get(row.name, name) != name:
+                log(f"[benchmark] {row.name}: left out, it is for {ONLY[row.name]} only")
+                continue
+            found[row.name] = _row(row, data, lake, args, work)
         results[name] = found
         tables.append(_table(data, found, args))
-    return {"tables": tables, "results": results}
+    seeds = {name: DATA_SETS[name].split_seed for name in args.dataset}
+    return {"tables": tables, "split_seeds": seeds, "results": results}
 
 
-def _wanted(names: list[str], encoders: dict[str, str], data: str) -> Iterator[Row]:
-    for row in (*(Row(name) for name in (*_FLOORS, *BASELINES)), *ROWS):
-        if row.name not in names:
-            continue
-        if overrides(row, encoders) is None:
-            log(f"[benchmark] {row.name}: left out, no --encoder {row.encoders}")
-            continue
-        if ONLY.get(row.name, data) != data:
-            log(f"[benchmark] {row.name}: left out, it is for {ONLY[row.name]} only")
-            continue
-        yield row
-
-
-def _row(
-    row: Row, data: DataSet, lake: str, args: argparse.Namespace, encoders: dict[str, str], work: Path
-) -> list[dict[str, Any]]:
+def _row(row: Row, data: DataSet, lake: str, args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     """{seed, seconds, test, val} of each seed."""
-    given = [*args.overrides, *(overrides(row, encoders) or [])]
+    given = row.settings(args.overrides)
     found = []
     for seed in args.seeds:
 
@@ -109,14 +99,18 @@ def _brief(one: dict[str, Any]) -> str:
 
 
 def _table(data: DataSet, found: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> dict[str, Any]:
-    rows, k = [], conf.load(data.conf, args.overrides).evaluate.k[0]
-    columns = [f"{split} {metric}" for metric in (f"ndcg@{k}", f"recall@{k}") for split in _SPLITS]
-    columns.append(f"distribution ndcg@{k}")
+    rows, columns = [], []
+    for k in conf.load(data.conf, args.overrides).evaluate.k:
+        columns += [f"{split} {metric}" for metric in (f"ndcg@{k}", f"recall@{k}") for split in _SPLITS]
+        columns.append(f"distribution ndcg@{k}")
     for name, seeded in found.items():
         cells = [[one["test"][column] for one in seeded if column in one["test"]] for column in columns]
         rows.append([name, *(mean_and_spread(values) or None for values in cells)])
     note = (
-        f"Test part, {' '.join([data.conf, *args.overrides])}, run date {data.run_date}, seeds {args.seeds}; mean ± standard "
-        "deviation. The row FilterLLM is that as it stands, those below it change what they name."
+        f"Test part, {' '.join([data.conf, *args.overrides])}, run date {data.run_date}, {data.split}, trained with "
+        f"seeds {args.seeds}; mean ± standard deviation. The row FilterLLM is that as it stands, "
+        "those below it change what they name."
     )
+    if not any("val" in one for seeded in found.values() for one in seeded):
+        note += " There is no validation part: TF-IDF ridge is tuned on the night's held-out items, text to judgment is not tuned."
     return table(f"Quality on {data.name}", ["method", *columns], rows, note)

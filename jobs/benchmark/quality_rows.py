@@ -6,16 +6,42 @@ Rows of one data set share the lake: what two have in common (text embeddings, s
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from jobs.benchmark.backbones import MODELS, STARTS, TRAINING
 
 
 @dataclass(frozen=True)
 class Row:
-    """overrides: key=value. encoders: names of `--encoder` that must be given for the row."""
+    """overrides: key=value, whatever --set says. usual: key=value that --set may change."""
 
     name: str
     overrides: tuple[str, ...] = ()
-    encoders: tuple[str, ...] = ()
+    usual: tuple[str, ...] = ()
+
+    def settings(self, given: Sequence[str] = ()) -> list[str]:
+        """The row's settings and what --set says (`given`), the last winning."""
+        return [*self.usual, *given, *self.overrides]
+
+
+# A space that is not the conf's own: how long cold vectors must be there is measured, since the conf's factor is for its own.
+_OTHER_SPACE = ("refresh.scale=auto",)
+_GRAPH = ("cf.dimension=64", "cf.epochs=40", *TRAINING, *_OTHER_SPACE)
+_LIGHTGCN = MODELS["LightGCN"]
+_FROM = {
+    "random": "",
+    "LLMInit random": " from LLMInit, random",
+    "LLMInit uniform": " from LLMInit, uniform",
+    "LLMInit variance": " from LLMInit",
+    "LLMInit PCA": " from LLMInit, PCA",
+}
+
+
+def _on(name: str, model: tuple[str, ...], *overrides: str) -> Row:
+    """A row on the space of a CF model of MODELS; what that one is tuned to may be changed, which it is may not."""
+    which, *tuned = model
+    return Row(name, (which, *overrides), (*_GRAPH, *tuned))
 
 
 ROWS = (
@@ -39,47 +65,41 @@ ROWS = (
     Row("cold items placed by users alone", ("refresh.words=0",)),
     Row("cold items placed by users and words", ("refresh.words=auto",)),
     Row("refresh: retrained on the union", ("refresh.method=retrain",)),
-    Row("CF: Spark ALS, 64 dimensions", ("cf.model=als", "cf.dimension=64")),
     Row(
-        "CF: LightGCN against users (the guider)",
-        ("cf.model=lightgcn", "cf.negatives=user", "cf.dimension=64", "cf.epochs=40"),
+        "refresh: retrained on the union, 20 users that count alike (the paper's)",
+        ("refresh.method=retrain", "sampling.k=20", "refresh.by_probability=false"),
     ),
-    Row("CF: LightGCN", ("cf.model=lightgcn", "cf.dimension=64", "cf.epochs=40")),
-    Row(
-        "CF: LightGCN from LLMInit",
-        ("cf.model=lightgcn", "cf.dimension=64", "cf.epochs=40", "cf.init=llminit", "cf.llminit.select=variance"),
+    Row("CF: Spark ALS, 64 dimensions", ("cf.model=als", "cf.dimension=64"), _OTHER_SPACE),
+    _on("CF: LightGCN against users (the guider)", _LIGHTGCN, "cf.negatives=user"),
+    *(
+        _on(f"CF: {name}{_FROM[start]}", model, *overrides)
+        for name, model in MODELS.items()
+        for start, overrides in STARTS.items()
     ),
-    Row(
-        "CF: LightGCN from LLMInit, PCA",
-        ("cf.model=lightgcn", "cf.dimension=64", "cf.epochs=40", "cf.init=llminit", "cf.llminit.select=pca"),
-    ),
-    Row(
-        "cold items where LLMInit puts them",
-        (
-            "cf.model=lightgcn",
-            "cf.dimension=64",
-            "cf.epochs=40",
-            "cf.init=llminit",
-            "cf.llminit.select=variance",
-            "refresh.cold=llminit",
-        ),
-    ),
+    _on("cold items where LLMInit puts them", _LIGHTGCN, *STARTS["LLMInit variance"], "refresh.cold=llminit"),
     Row("cold items where A-LLMRec's alignment puts them", ("refresh.cold=allmrec",)),
+    Row("frozen, six epochs", ("filterllm.epochs=6", "text.also=[]")),  # what LoRA alone changes
     Row("LoRA", ("filterllm.lora=true", "filterllm.epochs=6", "text.also=[]")),
     Row("SmolLM2, last token", ("text.model=smollm2", "text.also=[]")),
     Row("SmolLM2, mean", ("text.model=smollm2", "text.pooling=mean", "text.also=[]")),
     Row("MiniLM alone", ("text.model=minilm", "text.also=[]")),
     Row("MiniLM + words", ("text.model=minilm", "text.also=[words]")),
     Row("words alone, no language model", ("text.model=words", "text.also=[]")),
-    Row("mpnet", ("text.model={mpnet}", "text.also=[]"), ("mpnet",)),
-    Row("mpnet + words", ("text.model={mpnet}", "text.also=[words]"), ("mpnet",)),
-    Row("MiniLM + mpnet", ("text.also=['{mpnet}']",), ("mpnet",)),
-    Row("MiniLM + mpnet, users and words", ("text.also=['{mpnet}']", "refresh.words=auto"), ("mpnet",)),
 )
 
 
-def overrides(row: Row, encoders: dict[str, str]) -> list[str] | None:
-    """The row's settings with the encoders' folders in their places; None if one is not given."""
-    if any(name not in encoders for name in row.encoders):
-        return None
-    return [override.format_map(encoders) if row.encoders else override for override in row.overrides]
+def rows(encoders: Mapping[str, str]) -> list[Row]:
+    """All of them, with further text encoders: name -> folder."""
+    return [
+        *ROWS,
+        *(
+            row
+            for name, folder in encoders.items()
+            for row in (
+                Row(name, (f"text.model={folder}", "text.also=[]")),
+                Row(f"{name} + words", (f"text.model={folder}", "text.also=[words]")),
+                Row(f"MiniLM + {name}", (f"text.also=['{folder}']",)),
+                Row(f"MiniLM + {name}, users and words", (f"text.also=['{folder}']", "refresh.words=auto")),
+            )
+        ),
+    ]

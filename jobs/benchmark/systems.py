@@ -25,7 +25,7 @@ from jobs.benchmark.datasets import DATA_SETS, DataSet, lake_of
 from jobs.benchmark.kept import Kept
 from jobs.benchmark.measure import fresh
 from jobs.benchmark.measured import measure
-from jobs.benchmark.quality_rows import ROWS, overrides
+from jobs.benchmark.quality_rows import ROWS
 from jobs.benchmark.table import mean_and_spread, table
 from jobs.run import execute, log, open_run, parse_run_date
 
@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         }
         results[name] = found
         tables.append(_table(data, found, args))
-    return {"tables": tables, "results": results}
+    seeds = {name: DATA_SETS[name].split_seed for name in args.dataset}
+    return {"tables": tables, "split_seeds": seeds, "results": results}
 
 
 def stage(settings_file: str, given: list[str], run_date: str, name: str) -> float:
@@ -74,7 +75,7 @@ def stage(settings_file: str, given: list[str], run_date: str, name: str) -> flo
 def _system(data: DataSet, system: str, seed: int, given: list[str], work: Path) -> dict[str, Any]:
     """{seed, seconds: {stage: ...}, gib: {stage: ...}, test, val}."""
     row, _ = SYSTEMS[system]
-    changed = [*given, *(overrides(next(one for one in ROWS if one.name == row), {}) or ())]
+    changed = next(one for one in ROWS if one.name == row).settings(given)
     digest = conf.load(data.conf, [*changed, f"seed={seed}"]).digest()
 
     def make() -> dict[str, Any]:
@@ -160,7 +161,8 @@ def _table(data: DataSet, found: dict[str, list[dict[str, Any]]], args: argparse
             ]
         )
     note = (
-        f"Test part, {' '.join([data.conf, *args.overrides])}, seeds {args.seeds}; mean ± standard deviation. Seconds and memory "
+        f"Test part, {' '.join([data.conf, *args.overrides])}, {data.split}, trained with seeds {args.seeds}; "
+        "mean ± standard deviation. Seconds and memory "
         "of whole stages, the start of their processes in memory but not in seconds. LLMInit's own training is its CF; "
         "A-LLMRec's is in placing."
     )
