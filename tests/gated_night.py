@@ -184,7 +184,7 @@ def where(column: str, value: Any, row: int = 0) -> Break:
     def change(table: pa.Table) -> pa.Table:
         values = table[column].to_pylist()
         values[row] = value
-        field = table.schema.field(column)
+        field = table.schema.field(column).with_nullable(True)
         return table.set_column(table.schema.get_field_index(column), field, pa.array(values, field.type))
 
     return change

@@ -67,6 +67,8 @@ def tables(seed: int = 11, new_items: int = 3) -> tuple[pa.Table, pa.Table]:
         other = list(TOPICS)[(list(TOPICS).index(topic) + 1) % len(TOPICS)]
         for u in range(3):
             events.append((f"{topic}-user-{u:02d}", f"{other}-{u}", first - timedelta(days=5)))
+    # The nights of a week are whole: what follows them is known for longer than evaluate.horizon_days.
+    events.append(("tea-user-00", "tea-0", first + timedelta(days=15)))
     user_id, item_id, event_time = zip(*events, strict=True)
     when = pa.array(event_time, pa.timestamp("us", tz="UTC"))
     interactions = pa.table({"user_id": list(user_id), "item_id": list(item_id), "event_time": when})
@@ -86,7 +88,7 @@ def build(folder: Path, new_items: int = 3, **overrides: object) -> SmallLake:
         "cf": {"model": "als", "dimension": 8, "epochs": 8, "blocks": 1},
         "filterllm": {"epochs": 15, "hidden": 64, "batch_size": 16, "validation_share": 0.1},
         "sampling": {"k": 10, "shard_items": 4},
-        "evaluate": {"protocol": "temporal", "k": [10], "bootstrap": 50},
+        "evaluate": {"protocol": "temporal", "k": [10], "bootstrap": 50, "horizon_days": 9},
         "spark": {"conf": SPARK_CONF},
     }
     conf.write_text(yaml.safe_dump({**settings, **overrides}))

@@ -216,10 +216,16 @@ def test_only_a_retraining_refresh_may_leave_the_space_of_the_night(tmp_path: Pa
 
 def test_the_band_of_norms_is_a_setting_and_some_may_lie_outside(lake: Path) -> None:
     run = night.run_of(lake, gates={"norm_mostly": 0.95})
-    night.stage(run, breaks={ITEMS: where("embedding", [50.0] * 4)})
+    long = [where("embedding", [50.0] * 4, _item(name)) for name in ("warm-00", "warm-01", "cold-00")]
+    night.stage(run, breaks={ITEMS: long[0]})
     gates.run(run, run.staging("gates"))  # 1 of 26 outside
-    night.stage(run, breaks={ITEMS: _then(where("embedding", [50.0] * 4), where("embedding", [50.0] * 4, 1))})
+    night.stage(run, breaks={ITEMS: _then(*long[:2])})
     with pytest.raises(GateError, match="2 of 26 rows fail"):
+        gates.run(run, run.staging("gates"))
+    night.stage(run, breaks={ITEMS: long[2]})
+    with pytest.raises(
+        GateError, match=r"vectors that no training made.*1 of"
+    ):  # of 6, whom the warm ones do not outvote
         gates.run(run, run.staging("gates"))
 
 

@@ -155,5 +155,7 @@ def test_where_nothing_is_published_nothing_is_removed(tmp_path: Path, capsys: p
     assert json.loads(captured.out)["removed"] == {}
     assert "nothing is published" in captured.err
     assert old.exists()
+    assert prune.main(["--lake", str(tmp_path / "mistyped")]) == 1
+    assert "there is no such folder" in capsys.readouterr().err
     assert prune.main(["--lake", str(tmp_path), "--keep-days", "0"]) == 1
     assert "--keep-days is 0" in capsys.readouterr().err

@@ -127,7 +127,9 @@ def test_popularity_is_the_number_of_interactions():
     np.testing.assert_array_equal(scores, [[9, 0], [9, 0]])
 
 
-def test_text_knn_is_the_cosine_to_the_mean_of_the_history():
+@pytest.mark.parametrize("dense", [1, 8_000_000])
+def test_text_knn_is_the_cosine_to_the_mean_of_the_history(dense, monkeypatch):
+    monkeypatch.setattr(floors, "_DENSE", dense)  # 1: user by user
     texts = ["red wine bottle", "white wine bottle", "garden hose", None, "the", "sparkling wine", "green hose reel"]
     rows = tfidf(texts)
     history = sparse.csr_array(np.array([[1, 1, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0, 0]], bool))

@@ -28,9 +28,6 @@ ITEMS["warm-3"] = "<img src=x onerror=alert(2)>"
 USERS = [f"user-{i}" for i in range(6)]
 
 
-KINDS = pa.schema([("table", pa.string()), ("key", pa.string()), ("reason", pa.string()), ("rows", pa.int64())])
-
-
 class Page(HTMLParser):
     """The tags, attributes and texts of a page."""
 
@@ -74,8 +71,6 @@ def snapshot_stage(rejected):
         for name, kind in types.items():
             pairs = pairs.set_column(pairs.schema.get_field_index(name), name, pairs[name].cast(kind))
         out.write("training_interactions", pairs)
-        of_inputs = [row for row in rejected if row["table"] in ("interactions", "items")]
-        out.write("rejected_rows", pa.Table.from_pylist(of_inputs, KINDS))
         counts = {"users": 6, "items": 13, "warm": 8, "cold": 5, "pairs": 42}
         used = {"interactions": 42, "items": 13}
         bad = {name: sum(r["rows"] for r in rejected if r["table"] == name) for name in used}
@@ -85,16 +80,7 @@ def snapshot_stage(rejected):
     return stage
 
 
-def refresh_stage(rejected, cold):
-    def stage(run, out):
-        without_vector = [row for row in rejected if row["table"].endswith("_embeddings")]
-        out.write("rejected_rows", pa.Table.from_pylist(without_vector, KINDS))
-        return {"sources": {"sampled": len(cold)} if cold else {}, "scale": 1.53, "words": 0.218}
-
-    return stage
-
-
-def publish_stage(cold):
+def publish_stage(cold, rejected):
     def stage(run, out):
         same = {"refresh_date": run.run_date, "run_id": run.run_id, "model_version": "m", "space_version": "s"}
         rows = [
@@ -114,7 +100,10 @@ def publish_stage(cold):
             {**{k: pa.array([v] * len(USERS)) for k, v in same.items()}, "user_id": USERS, "embedding": vectors}
         )
         sampled = pa.Table.from_pylist(rows, schema("sampled_interactions").arrow_schema)
+        lineage = {"refresh_date": run.run_date, "run_id": run.run_id, "detail": None}
+        left_out = pa.Table.from_pylist([{**lineage, **row} for row in rejected], schema("rejected_rows").arrow_schema)
         versions = {
+            "rejected_rows": run.lake.commit("rejected_rows", left_out, app="t/r"),
             "sampled_interactions": run.lake.commit("sampled_interactions", sampled, app="t/s"),
             "user_embeddings": run.lake.commit("user_embeddings", users, app="t/u"),
             "item_embeddings": 0,
@@ -179,9 +168,10 @@ def night(folder, rejected=REJECTED, cold=tuple(f"cold-{i}" for i in range(5)), 
     execute(run, "snapshot", snapshot_stage(rejected))
     execute(run, "cf", lambda run, out: {"space_version": "space-1a2b", "trained": True})
     execute(run, "filterllm_train", lambda run, out: {"model_version": "model-3c4d", "trained": False})
-    execute(run, "refresh", refresh_stage(rejected, cold))
+    placed = {"sources": {"sampled": len(cold)} if cold else {}, "scale": 1.53, "words": 0.218}
+    execute(run, "refresh", lambda run, out: placed)
     execute(run, "gates", lambda run, out: {"data_docs": out.path("data_docs/index.html")})
-    execute(run, "publish", publish_stage(cold))
+    execute(run, "publish", publish_stage(cold, rejected))
     execute(run, "evaluate", evaluate_stage(measured))
     return run, conf
 

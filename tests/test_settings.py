@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.run import parse_run_date
+from jobs.run import parse_new_run_date, parse_run_date
 from jobs.settings import Settings, SettingsError, load
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -105,3 +105,9 @@ def test_allmrec_makes_another_night_only_where_a_night_reads_it() -> None:
 def test_a_run_date_that_is_none(text: str) -> None:
     with pytest.raises(SettingsError, match="is no date"):
         parse_run_date(text)
+
+
+def test_a_run_date_that_is_still_to_come() -> None:
+    assert parse_run_date("9999-01-01").year == 9999
+    with pytest.raises(SettingsError, match="--to 9999-01-01 is still to come"):
+        parse_new_run_date("9999-01-01", "--to")
