@@ -293,6 +293,14 @@ class Settings(_Section):
                 "refresh.cold allmrec needs texts that are tied to CF: set allmrec.alignment.match mse or infonce, or "
                 "allmrec.alignment.text_recommendation above 0"
             )
+        if (
+            not (aligned.alpha or aligned.recommendation or aligned.text_recommendation)
+            and self.refresh.cold == "allmrec"
+        ):
+            raise ValueError(
+                "refresh.cold allmrec needs a decoder into the CF space, and nothing trains it: set allmrec.alignment.alpha, "
+                "allmrec.alignment.recommendation or allmrec.alignment.text_recommendation above 0"
+            )
         if self.evaluate.protocol == "random_item" and self.snapshot.split is None:
             raise ValueError("evaluate.protocol random_item needs snapshot.split")
         return self
