@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
@@ -22,7 +23,18 @@ from udfs import allmrec_examples
 from udfs.filterllm_checkpoint import Checkpoints
 
 FILES = ("model.safetensors", "config.json")
-Fit = Callable[[Staging, Checkpoints], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Training:
+    """A part in the making: what it will be called, where its files go, and where its state is saved."""
+
+    version: str
+    artifact: Staging
+    checkpoints: Checkpoints
+
+
+Fit = Callable[[Training], dict[str, Any]]
 
 
 def conf_digest(section: BaseModel, seed: int, without: Any = None) -> str:
@@ -49,13 +61,13 @@ def train(run: Run, kind: str, identity: dict[str, str], data: Any, arrays: Sequ
 
     Args:
         data (JSON), arrays: what it is trained on.
-        fit: is given the artifact, to leave its files there, and its checkpoints; returns facts.
+        fit: leaves the part's files in its artifact; returns facts.
     """
     version = allmrec_examples.identity([identity, run.run_date.isoformat(), data], *arrays)[:16]
     artifact, checkpoints = run.artifact(kind, version), run.artifact("checkpoints", version)
     if not artifact.is_complete():
         artifact.clear()
-        found = fit(artifact, Checkpoints(checkpoints.path("state")))
+        found = fit(Training(version, artifact, Checkpoints(checkpoints.path("state"))))
         artifact.complete({**identity, "run_id": run.run_id, "trained_on": run.run_date.isoformat(), **found})
     # Not before the part is complete: until then a killed run goes on from them.
     checkpoints.clear()

@@ -27,7 +27,6 @@ from udfs.word_map import WordMap
 
 _DEFINITION = "3"  # raise it when another model comes from the same settings
 _FILES = ("model.safetensors", "config.json")
-_ADAPTER = ("adapter.safetensors", "adapter.json")
 
 
 def conf_digest(settings: Settings) -> str:
@@ -80,11 +79,6 @@ def load_model(run: Run, version: str) -> FilterLLM:
     artifact = run.artifact("models", version)
     artifact.facts()
     return filterllm.load({name: artifact.read_bytes(name) for name in _FILES})
-
-
-def load_adapter(run: Run, version: str) -> dict[str, bytes]:
-    """The files of the adapters of model `version`, for `udfs.lora`."""
-    return {name: run.artifact("models", version).read_bytes(name) for name in _ADAPTER}
 
 
 def load_words(run: Run, version: str, *, held_out: bool = True) -> WordMap | None:

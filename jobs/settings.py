@@ -14,6 +14,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from jobs.allmrec_settings import Allmrec
+from jobs.settings_section import Lora
 from jobs.settings_section import Section as _Section
 from schemas.errors import ColdRefreshError
 from udfs.cleaning import template
@@ -119,7 +120,7 @@ class Cf(_Section):
     )
 
 
-class FilterLLM(_Section):
+class FilterLLM(Lora):
     epochs: int = Field(20, ge=1)
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(1e-4, ge=0)
@@ -139,14 +140,6 @@ class FilterLLM(_Section):
     )
     samples: int = Field(8192, ge=1, description="sampled softmax: users drawn a step")
     proposal: Literal["uniform", "popularity"] = Field("uniform", description="sampled softmax: how they are drawn")
-    lora: bool = Field(
-        False, description="train LoRA adapters in the LLM too; otherwise it is frozen and read from the cache"
-    )
-    lora_rank: int = Field(8, ge=1)
-    lora_alpha: int = Field(32, ge=1)
-    lora_dropout: float = Field(0.1, ge=0, lt=1)
-    lora_learning_rate: float = Field(1e-4, gt=0, description="of the adapters; the paper's")
-    lora_targets: Literal["attention", "all_linear"] = Field("attention", description="attention: query and value")
     max_users: int = Field(1000, ge=1, description="training users an item, at most")
     validation_share: float = Field(0.05, gt=0, lt=1, description="warm items held out to stop early and to calibrate")
     patience: int = Field(4, ge=1)
@@ -270,10 +263,12 @@ class Settings(_Section):
     def _consistent(self) -> Settings:
         if self.refresh.users is not None and self.refresh.users > self.sampling.k:
             raise ValueError(f"refresh.users ({self.refresh.users}) is more than sampling.k ({self.sampling.k})")
-        if self.filterllm.lora and self.text.also:
-            raise ValueError("filterllm.lora trains one language model: leave text.also empty")
-        if self.filterllm.lora and width_of(self.text.model) is not None:
-            raise ValueError("filterllm.lora trains a language model, and text.model words is none")
+        tuned = [("filterllm.lora", self.filterllm.lora), ("allmrec.alignment.lora", self.allmrec.alignment.lora)]
+        for name in (name for name, on in tuned if on):
+            if self.text.also:
+                raise ValueError(f"{name} trains one language model: leave text.also empty")
+            if width_of(self.text.model) is not None:
+                raise ValueError(f"{name} trains a language model, and text.model words is none")
         if self.cf.init == "llminit" and self.cf.model in ("als", "als_cg"):
             raise ValueError(f"cf.init llminit needs a cf.model that keeps its start, not {self.cf.model}")
         if self.cf.negatives == "user" and self.cf.model not in ("bpr", "lightgcn", "sgl"):
