@@ -16,12 +16,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from jobs import adapted_texts, allmrec_artifacts, allmrec_night, cf, text_embeddings
+from jobs import adapted_texts, allmrec_artifacts, allmrec_night, text_embeddings
 from jobs.allmrec_artifacts import Training
 from jobs.allmrec_backbone import Side, SpaceSide
 from jobs.allmrec_night import Mask, Night, prefixes, renumbered
 from jobs.cf import Space
-from jobs.run import Run, log
+from jobs.run import Run
 from jobs.sampled_users import ENOUGH
 from jobs.staging import Staging
 from udfs import allmrec_alignment, allmrec_alignment_training, lora
@@ -179,18 +179,19 @@ def _within(histories: Sequences, mask: Mask) -> Ints:
 
 def _fit(run: Run, language_model: str, world: _World, training: Training) -> dict[str, Any]:
     conf, seed = run.settings.allmrec.alignment, run.settings.seed
-    log(f"[allmrec] training an alignment on {len(world.examples)} pairs of {len(world.pool)} items")
+    training.log(f"training an alignment on {len(world.examples)} pairs of {len(world.pool)} items")
     config = Config(world.items.shape[1], world.texts.shape[1], conf.joint, conf.deep, tuple(conf.hidden), conf.dropout)
     model = allmrec_alignment.build(config, seed)
     model.standardise(world.items[world.pool], world.texts[world.pool])
-    device = cf.params(run.settings).torch_device()
     encoder = None
     source: torch.nn.Module
     if conf.lora:
         content = world.content
-        encoder, source = adapted_texts.trainable(run.settings.text, conf, language_model, content, seed, device)
+        encoder, source = adapted_texts.trainable(
+            run.settings.text, conf, language_model, content, seed, training.device
+        )
     else:
-        source = FrozenTexts(world.texts).to(device)
+        source = FrozenTexts(world.texts).to(training.device)
     seen = world.validation.seen or world.validation.histories
     in_pool = np.isin(np.arange(len(world.items)), world.pool)
     longest = int(_within(seen, in_pool).max(initial=0))
@@ -204,13 +205,13 @@ def _fit(run: Run, language_model: str, world: _World, training: Training) -> di
         negatives=negatives,
     )
     found = allmrec_alignment_training.train(
-        model.to(device),
+        model.to(training.device),
         source,
         world.items,
         world.examples,
         world.pool,
         options,
-        lambda line: log(f"[allmrec] {line}"),
+        training.log,
         validation=world.validation if len(world.validation) else None,
         checkpoints=training.checkpoints,
     )

@@ -12,7 +12,7 @@ from jobs import allmrec_artifacts, cf
 from jobs.allmrec_artifacts import Training
 from jobs.allmrec_night import Mask, Night, place, prefixes, renumbered
 from jobs.cf import Space
-from jobs.run import Run, log
+from jobs.run import Run
 from udfs import backbone, ncf, sampled_ranking, sequence_training
 from udfs.fold_in import fold_in
 from udfs.sequences import PADDING, Ints, Sequences, Split
@@ -133,11 +133,11 @@ def trained(run: Run, night: Night) -> TrainedSide:
 def _fit(run: Run, night: Night, training: Training) -> dict[str, Any]:
     """Train on all but the last items of the histories, which decide when to stop."""
     conf, seed, kind = run.settings.allmrec.model, run.settings.seed, run.settings.allmrec.backbone
-    log(f"[allmrec] training {kind} on {len(night.histories)} histories, in the order of {night.order}")
+    training.log(f"training {kind} on {len(night.histories)} histories, in the order of {night.order}")
     items, n_users = len(night.item_ids), len(night.user_ids)
     shape = {"users": n_users} if kind == "ncf" else {"max_length": conf.max_length}
     model = backbone.build(kind, seed, items=items, dimension=conf.dimension, **shape)
-    model.to(cf.params(run.settings).torch_device())
+    model.to(training.device)
     split = _split(night.histories)
     validate = None
     if (split.validation != PADDING).any() and items > int(night.histories.lengths.max()) + 1:
@@ -150,7 +150,7 @@ def _fit(run: Run, night: Night, training: Training) -> dict[str, Any]:
     }
 
     def said(line: str) -> None:
-        log(f"[allmrec] {kind}: {line}")
+        training.log(f"{kind}: {line}")
 
     if kind == "ncf":
         found = ncf.train(

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from jobs import allmrec_alignment, allmrec_artifacts, cf
+from jobs import allmrec_alignment, allmrec_artifacts
 from jobs.allmrec_artifacts import Training
 from jobs.allmrec_backbone import Side
 from jobs.allmrec_night import Mask, Night, prefixes, renumbered
 from jobs.allmrec_settings import AllmrecReader
-from jobs.run import Run, log
+from jobs.run import Run
 from udfs import allmrec_projections, allmrec_reader_training
 from udfs.allmrec_actor import LanguageModel
 from udfs.allmrec_examples import AllmrecError, Examples
@@ -95,7 +95,7 @@ def find(run: Run, night: Night, alignment: str, side: Side, items: Spoken) -> s
     pool = _pool(night, items)
     examples = _examples(night, side, items, pool, conf, seed)
 
-    fit = partial(_fit, run, night, items, pool, examples)
+    fit = partial(_fit, run, night, items, pool, examples, identity["language_model"])
     arrays: list[np.ndarray] = [items.joint, pool, *examples.arrays()]
     return allmrec_artifacts.train(run, KIND, identity, night.titles, arrays, fit)
 
@@ -142,10 +142,13 @@ def without_last(night: Night, items: Spoken, rows: Ints) -> tuple[Sequences, In
     return items.histories(before), histories.items[histories.indptr[rows + 1] - 1]
 
 
-def _fit(run: Run, night: Night, items: Spoken, pool: Ints, examples: Examples, training: Training) -> dict[str, Any]:
+def _fit(
+    run: Run, night: Night, items: Spoken, pool: Ints, examples: Examples, expected: str, training: Training
+) -> dict[str, Any]:
+    """`expected`: the language model that the driver has found."""
     conf, seed = run.settings.allmrec.reader, run.settings.seed
-    log(f"[allmrec] training a reader on {len(examples)} users, in the order of {night.order}, with {conf.model}")
-    reader = language_model(conf).reader(None, cf.params(run.settings).torch_device())
+    training.log(f"training a reader on {len(examples)} users, in the order of {night.order}, with {conf.model}")
+    reader = language_model(conf).reader(None, training.device, expected)
     values = conf.model_dump()
     options = allmrec_reader_training.Options(
         **{name: values[name] for name in _OPTIONS}, patience=conf.epochs, seed=seed
@@ -156,7 +159,7 @@ def _fit(run: Run, night: Night, items: Spoken, pool: Ints, examples: Examples, 
         examples,
         pool,
         options,
-        lambda line: log(f"[allmrec] reader: {line}"),
+        lambda line: training.log(f"reader: {line}"),
         checkpoints=training.checkpoints,
     )
     assert reader.projections is not None  # training made them

@@ -81,7 +81,7 @@ def find(
             return {"of": of, **_measured(run, night, items, reader, asked, retrieval)}
 
         arrays: list[np.ndarray] = [asked.users, asked.candidates, retrieval]
-        version = allmrec_artifacts.train(run, KIND, identity, None, arrays, fit)
+        version = allmrec_artifacts.train(run, KIND, identity, None, arrays, fit, here=True)
     facts = run.artifact(KIND, version).facts()
     return Weights(facts["likelihood"], facts["retrieval"]), version
 

@@ -212,7 +212,7 @@ class Evaluate(_Section):
 
 
 class RayCluster(_Section):
-    """How the workers run. Only another number of training_workers gives another model, as another seed does."""
+    """How the workers run. Only another number of training_workers gives another model (of FilterLLM), as another seed does."""
 
     address: str | None = Field(
         None, description="of a running cluster (host:port or auto); without one it is started here"
@@ -223,7 +223,8 @@ class RayCluster(_Section):
     training_workers: int = Field(
         0,
         ge=0,
-        description="Ray Train's workers that train FilterLLM (0: the driver trains it); each draws dropout and noise of its own",
+        description="Ray Train's workers that train FilterLLM (0: the driver trains it); each draws dropout and noise of its own. "
+        "Above 0 each part of A-LLMRec is trained on one such worker, too; several would not share that work",
     )
 
 

@@ -105,11 +105,11 @@ def test_an_encoder_that_is_trained_along_gives_cold_items_other_vectors(
         if "epoch 3/" in line:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(allmrec_alignment, "log", killed)
+    monkeypatch.setattr(allmrec_artifacts, "log", killed)
     with pytest.raises(KeyboardInterrupt):
         aligned(run)
     lines: list[str] = []
-    monkeypatch.setattr(allmrec_alignment, "log", lines.append)
+    monkeypatch.setattr(allmrec_artifacts, "log", lines.append)
     assert not artifact.is_complete()
     assert aligned(run)[0] == version
     assert any("goes on behind epoch 2, which was saved" in line for line in lines)
