@@ -89,8 +89,8 @@ class Allmrec(Section):
 
     backbone: Literal["space", "sasrec", "gru4rec", "nextitnet", "ncf"] = Field(
         "space",
-        description="recommend: whose users and items the reader is told of; space: the published vectors. "
-        "(refresh.cold=allmrec always places items in the night's space)",
+        description="recommend: whose users and items the reader is told of; space: the published vectors, which cf.model made: "
+        "that is the way to als, lightgcn and the others of it. (refresh.cold=allmrec always places items in the night's space)",
     )
     model: AllmrecBackbone = AllmrecBackbone()
     alignment: AllmrecAlignment = AllmrecAlignment()
