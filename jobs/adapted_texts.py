@@ -22,7 +22,7 @@ FILES = ("adapter.safetensors", "adapter.json")
 
 
 def version(of: str) -> str:
-    """Whose text embeddings model `of` reads: those of adapted weights are its own."""
+    """The version of the text embeddings that model `of` reads: those of adapted weights are its own."""
     return f"lora-{of}"
 
 
