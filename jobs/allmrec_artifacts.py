@@ -92,7 +92,8 @@ def train(
             arguments = (fit, version, artifact, state)
             found = training_workers.run(_on_worker, arguments, run.settings.ray, 1, checkpoints, _told)
         else:
-            found = fit(Training(version, artifact, state, cf.params(run.settings).torch_device(), _told))
+            device = "cpu" if here else cf.params(run.settings).torch_device()
+            found = fit(Training(version, artifact, state, device, _told))
         artifact.complete({**identity, "run_id": run.run_id, "trained_on": run.run_date.isoformat(), **found})
     # Not before the part is complete: until then a killed run goes on from them.
     checkpoints.clear()
