@@ -1,52 +1,93 @@
-"""Texts through a language model with a FilterLLM model's own adapters (filterllm.lora), into the cache of text embeddings."""
+"""A language model whose adapters were trained for one model (FilterLLM, or A-LLMRec's alignment): its source of texts while it is
+trained, and afterwards texts through it, into the cache of text embeddings under a version of their own."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
-from jobs.filterllm_train import load_adapter
+from jobs.ray_cluster import cluster
 from jobs.run import Run, log
-from jobs.text_embeddings import TABLE, app, encoder_spec, rows
+from jobs.settings import Text
+from jobs.settings_section import Lora
+from jobs.staging import Staging
+from jobs.text_embeddings import TABLE, app, encoder_spec, rows, texts
+from udfs import lora
 from udfs.actor_pool import map_ordered
-from udfs.lora import AdaptedEncoderActor
+from udfs.lora import AdaptedEncoderActor, LoraTexts
+from udfs.text_encoder import TextEncoder
+
+FILES = ("adapter.safetensors", "adapter.json")
 
 
-def encode(run: Run, trained: dict[str, Any], shas: pa.Array) -> None:
-    """Encode those of the texts with these hashes that the cache lacks under `trained["encoder_version"]`.
+def version(of: str) -> str:
+    """The version of the text embeddings that model `of` reads: those of adapted weights are its own."""
+    return f"lora-{of}"
 
-    Ray must be initialised. Every shard is committed, in order, when it is done.
+
+def trainable(
+    text: Text, conf: Lora, language_model: str, content: list[str], seed: int, device: str | torch.device
+) -> tuple[TextEncoder, LoraTexts]:
+    """The language model with new adapters, as `conf` has them, and the texts as it reads them.
 
     Args:
-        trained: facts of the stage filterllm_train.
+        language_model: the version that it must have.
+
+    Raises:
+        udfs.lora.LoraError: it has another one, or no layers for adapters.
     """
-    version, ray = trained["encoder_version"], run.settings.ray
-    cached = run.lake.read(TABLE, columns=["text_sha256"], model_version=version)["text_sha256"].combine_chunks()
-    pending = shas.filter(pc.invert(pc.is_in(shas, value_set=cached)))
+    encoder = lora.encoder_of(encoder_spec(text), language_model, str(device))
+    lora.attach(
+        encoder,
+        rank=conf.lora_rank,
+        alpha=conf.lora_alpha,
+        dropout=conf.lora_dropout,
+        seed=seed,
+        targets=conf.lora_targets,
+    )
+    return encoder, LoraTexts(encoder, content)
+
+
+def encode(run: Run, model: Staging, snapshot: Staging, shas: pa.Array) -> None:
+    """Encode those of the texts with these hashes that the cache lacks under the model's `encoder_version`, on Ray.
+
+    Every shard is committed, in order, when it is done.
+
+    Args:
+        model: the artifact, with the adapters; of its facts `language_model` says what they were trained in.
+        snapshot: which has the texts.
+
+    Raises:
+        jobs.ray_cluster.ClusterError, udfs.actor_pool.WorkerError: Ray or a worker failed.
+        udfs.lora.LoraError: the language model is another one.
+    """
+    facts, ray = model.facts(), run.settings.ray
+    own = facts["encoder_version"]
+    cached = run.lake.read(TABLE, columns=["text_sha256"], model_version=own)["text_sha256"].combine_chunks()
+    pending = pc.unique(shas.filter(pc.invert(pc.is_in(shas, value_set=cached))))
     pending = pending.take(pc.sort_indices(pending))
     if not len(pending):
         return
-    items = run.staging("snapshot").read("items_labelled", ["content", "text_sha256"])
-    content = items["content"].take(pc.index_in(pending, value_set=items["text_sha256"].combine_chunks()))
+    content = texts(snapshot, pending, run.settings.text.max_tokens)
     size = run.settings.text.shard_texts
     shards = [pending.slice(start, size) for start in range(0, len(pending), size)]
-    sequences = run.lake.sequences(TABLE, [app(shard, version) for shard in shards])
-    log(f"[filterllm_score] {len(pending)} texts through the model's adapters")
+    sequences = run.lake.sequences(TABLE, [app(shard, own) for shard in shards])
+    log(f"[{TABLE}] {len(pending)} texts in {len(shards)} shards through {own}")
     worker = (
         encoder_spec(run.settings.text),
-        run.staging("text_embeddings").facts()["model_version"],
-        load_adapter(run, trained["model_version"]),
+        facts["language_model"],
+        {name: model.read_bytes(name) for name in FILES},
         "cuda" if ray.gpus_per_actor > 0 else "cpu",
     )
-    encoded = map_ordered(
-        AdaptedEncoderActor,
-        worker,
-        (content.slice(start, size).to_pylist() for start in range(0, len(pending), size)),
-        actors=min(ray.actors, len(shards)),
-        cpus=ray.cpus_per_actor,
-        gpus=ray.gpus_per_actor,
-    )
-    for shard, sequence, vectors in zip(shards, sequences, encoded, strict=True):
-        run.lake.commit(TABLE, rows(shard, version, vectors), app=app(shard, version), sequence=sequence)
+    with cluster(ray):
+        encoded = map_ordered(
+            AdaptedEncoderActor,
+            worker,
+            (content.slice(start, size).to_pylist() for start in range(0, len(pending), size)),
+            actors=min(ray.actors, len(shards)),
+            cpus=ray.cpus_per_actor,
+            gpus=ray.gpus_per_actor,
+        )
+        for shard, sequence, vectors in zip(shards, sequences, encoded, strict=True):
+            run.lake.commit(TABLE, rows(shard, own, vectors), app=app(shard, own), sequence=sequence)

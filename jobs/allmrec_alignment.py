@@ -1,29 +1,32 @@
 """A-LLMRec's first stage on a night (arXiv 2404.11343, section 4.1): CF and text joined, as an artifact.
 
 An alignment (`_artifacts/alignments/<version>`) belongs to one CF model (a space or a backbone), one text encoder and the
-settings. It is trained on the warm items' pairs when there is none. Of a space it gives cold items their vectors
-(refresh.cold=allmrec): f_I^dec(f_T^enc(q_i)), the decoded text side.
+settings. It is trained on the warm items' pairs when there is none; with allmrec.alignment.lora the encoder is trained along, and
+its adapters (udfs/lora.py) lie in the artifact. Of a space it gives cold items their vectors (refresh.cold=allmrec):
+f_I^dec(f_T^enc(q_i)), the decoded text side.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
-from jobs import allmrec_artifacts, allmrec_night, cf, text_embeddings
+from jobs import adapted_texts, allmrec_artifacts, allmrec_night, text_embeddings
+from jobs.allmrec_artifacts import Training
 from jobs.allmrec_backbone import Side, SpaceSide
 from jobs.allmrec_night import Mask, Night, prefixes, renumbered
 from jobs.cf import Space
-from jobs.run import Run, log
+from jobs.run import Run
 from jobs.sampled_users import ENOUGH
 from jobs.staging import Staging
-from udfs import allmrec_alignment, allmrec_alignment_training
+from udfs import allmrec_alignment, allmrec_alignment_training, lora
 from udfs.allmrec_alignment import Alignment, Config, Weights
 from udfs.allmrec_examples import AllmrecError, Examples
-from udfs.filterllm_checkpoint import Checkpoints
 from udfs.filterllm_items import FrozenTexts, held_out
 from udfs.fold_in import norm_scale
 from udfs.sequences import Ints, Sequences
@@ -41,19 +44,29 @@ def for_space(run: Run, space: Space) -> str:
     Raises:
         AllmrecError: no warm item of the space has a text.
     """
-    encoder_version = str(run.staging("text_embeddings").facts()["model_version"])
-    version = allmrec_artifacts.newest(run, KIND, _identity(run, space.version, encoder_version))
+    language_model = str(run.staging("text_embeddings").facts()["model_version"])
+    version = allmrec_artifacts.newest(run, KIND, _identity(run, space.version, language_model))
     if version is None:  # only then are all pairs in memory
         night = allmrec_night.read(run.staging("snapshot"))
-        version = find(run, night, encoder_version, SpaceSide(night, space))
+        version = find(run, night, language_model, SpaceSide(night, space))
     return version
 
 
 def vectors(run: Run, version: str, shas: list[str]) -> Matrix:
-    """The CF vectors [len(shas), d] of texts by alignment `version`, as long as CF makes those of items (its fact `length`)."""
-    model, facts = load(run, version), run.artifact(KIND, version).facts()
-    q = text_embeddings.load(run, shas, facts["encoder_version"])
-    return np.float32(facts["length"]) * _decoded(model, q)
+    """The CF vectors [len(shas), d] of texts of tonight's snapshot by alignment `version`, as long as CF makes those of items (its
+    fact `length`)."""
+    length = run.artifact(KIND, version).facts()["length"]
+    return np.float32(length) * _decoded(load(run, version), texts(run, version, run.staging("snapshot"), shas))
+
+
+def texts(run: Run, version: str, snapshot: Staging, shas: list[str]) -> Matrix:
+    """Q [len(shas), D] of texts of `snapshot` as alignment `version` has them; with adapters of its own those that no night has
+    asked for yet are encoded now, on Ray."""
+    artifact = run.artifact(KIND, version)
+    facts = artifact.facts()
+    if facts["lora"]:
+        adapted_texts.encode(run, artifact, snapshot, pa.array(shas, pa.string()))
+    return text_embeddings.load(run, shas, facts["encoder_version"])
 
 
 def _decoded(model: Alignment, texts: Matrix) -> Matrix:
@@ -67,21 +80,21 @@ def load(run: Run, version: str) -> Alignment:
     return allmrec_alignment.load(allmrec_artifacts.files(run, KIND, version))
 
 
-def find(run: Run, night: Night, encoder_version: str, side: Side) -> str:
-    """The newest alignment of this CF model and encoder, or one that is trained now; its version.
+def find(run: Run, night: Night, language_model: str, side: Side) -> str:
+    """The newest alignment of this CF model and language model, or one that is trained now; its version.
+
+    Args:
+        language_model: version of the embeddings of the night's texts.
 
     Raises:
         AllmrecError: there is nothing to learn from.
+        udfs.lora.LoraError: the language model cannot be trained along.
     """
-    identity = _identity(run, side.version, encoder_version)
+    identity = _identity(run, side.version, language_model)
     version = allmrec_artifacts.newest(run, KIND, identity)
     if version is not None:
         return version
-    world = _world(run, night, encoder_version, side)
-
-    def fit(artifact: Staging, checkpoints: Checkpoints) -> dict[str, Any]:
-        return _fit(run, world, artifact, checkpoints)
-
+    world = _world(run, night, language_model, side)
     arrays: list[np.ndarray] = [
         world.items,
         world.texts,
@@ -89,27 +102,30 @@ def find(run: Run, night: Night, encoder_version: str, side: Side) -> str:
         *world.examples.arrays(),
         *world.validation.arrays(),
     ]
+    fit = partial(_fit, run, language_model, world)
     return allmrec_artifacts.train(run, KIND, identity, None, arrays, fit)
 
 
-def _identity(run: Run, cf_version: str, encoder_version: str) -> dict[str, str]:
+def _identity(run: Run, cf_version: str, language_model: str) -> dict[str, str]:
     conf = allmrec_artifacts.conf_digest(run.settings.allmrec.alignment, run.settings.seed)
-    identity = {"cf_version": cf_version, "encoder_version": encoder_version, "conf": conf, "definition": _DEFINITION}
+    identity = {"cf_version": cf_version, "language_model": language_model, "conf": conf, "definition": _DEFINITION}
     return {**identity, "prompt": run.settings.text.prompt}
 
 
 @dataclass(frozen=True)
 class _World:
-    """What an alignment learns from: n warm items with E [n, d] and Q [n, D]; `pool` are those that are not held out."""
+    """What an alignment learns from: n warm items with E [n, d] and Q [n, D] of the frozen encoder; `pool` are those that are not
+    held out. content: n texts, if the encoder is trained along."""
 
     items: Matrix
     texts: Matrix
+    content: list[str]
     pool: Ints
     examples: Examples
     validation: Examples
 
 
-def _world(run: Run, night: Night, encoder_version: str, side: Side) -> _World:
+def _world(run: Run, night: Night, language_model: str, side: Side) -> _World:
     conf, seed = run.settings.allmrec.alignment, run.settings.seed
     usable = np.flatnonzero(~night.cold & night.with_text & side.known)
     if not len(usable):
@@ -136,9 +152,12 @@ def _world(run: Run, night: Night, encoder_version: str, side: Side) -> _World:
     asked = np.flatnonzero(held[positives] & (room[rows] > 1))[:_VALIDATION]
     validated = np.zeros(len(rows), np.bool_)
     validated[asked] = True
-    texts = text_embeddings.load(run, night.texts.take(pa.array(usable)).to_pylist(), encoder_version)
+    shas = night.texts.take(pa.array(usable))
+    frozen, content = text_embeddings.load(run, shas.to_pylist(), language_model), []
+    if conf.lora:
+        content = text_embeddings.texts(night.snapshot, shas, run.settings.text.max_tokens).to_pylist()
     learnt = ~held[positives] & (room[rows] > 1)
-    return _World(side.items[usable], texts, pool, examples(learnt), examples(validated))
+    return _World(side.items[usable], frozen, content, pool, examples(learnt), examples(validated))
 
 
 def _pairs(night: Night, side: Side, number: Ints, most: int, seed: int) -> tuple[Ints, Ints, Ints]:
@@ -158,13 +177,21 @@ def _within(histories: Sequences, mask: Mask) -> Ints:
     return np.bincount(histories.rows, mask[histories.items], minlength=len(histories)).astype(np.int64)
 
 
-def _fit(run: Run, world: _World, artifact: Staging, checkpoints: Checkpoints) -> dict[str, Any]:
+def _fit(run: Run, language_model: str, world: _World, training: Training) -> dict[str, Any]:
     conf, seed = run.settings.allmrec.alignment, run.settings.seed
-    log(f"[allmrec] training an alignment on {len(world.examples)} pairs of {len(world.pool)} items")
+    training.log(f"training an alignment on {len(world.examples)} pairs of {len(world.pool)} items")
     config = Config(world.items.shape[1], world.texts.shape[1], conf.joint, conf.deep, tuple(conf.hidden), conf.dropout)
     model = allmrec_alignment.build(config, seed)
     model.standardise(world.items[world.pool], world.texts[world.pool])
-    device = cf.params(run.settings).torch_device()
+    encoder = None
+    source: torch.nn.Module
+    if conf.lora:
+        content = world.content
+        encoder, source = adapted_texts.trainable(
+            run.settings.text, conf, language_model, content, seed, training.device
+        )
+    else:
+        source = FrozenTexts(world.texts).to(training.device)
     seen = world.validation.seen or world.validation.histories
     in_pool = np.isin(np.arange(len(world.items)), world.pool)
     longest = int(_within(seen, in_pool).max(initial=0))
@@ -173,25 +200,30 @@ def _fit(run: Run, world: _World, artifact: Staging, checkpoints: Checkpoints) -
     options = allmrec_alignment_training.Options(
         **{name: values[name] for name in _OPTIONS},
         weights=Weights(**{name: values[name] for name in Weights.__dataclass_fields__}),
+        text_learning_rate=conf.lora_learning_rate,
         seed=seed,
         negatives=negatives,
     )
     found = allmrec_alignment_training.train(
-        model.to(device),
-        FrozenTexts(world.texts).to(device),
+        model.to(training.device),
+        source,
         world.items,
         world.examples,
         world.pool,
         options,
-        lambda line: log(f"[allmrec] {line}"),
+        training.log,
         validation=world.validation if len(world.validation) else None,
-        checkpoints=checkpoints,
+        checkpoints=training.checkpoints,
     )
-    allmrec_artifacts.write(artifact, allmrec_alignment.dump(model))
+    files = {**allmrec_alignment.dump(model), **(lora.dump(encoder) if encoder else {})}
+    allmrec_artifacts.write(training.artifact, files)
     found.pop("history")
-    held = np.flatnonzero(~in_pool)
-    length = norm_scale(world.items[held], _decoded(model, world.texts[held])) if len(held) >= ENOUGH else 1.0
+    held, length = np.flatnonzero(~in_pool), 1.0
+    if len(held) >= ENOUGH:
+        length = norm_scale(world.items[held], _decoded(model, allmrec_alignment_training.vectors(source, held)))
     return {
+        "encoder_version": adapted_texts.version(training.version) if encoder else language_model,
+        "lora": conf.lora,
         "items": len(world.items),
         # Ranking losses care little how long a vector is, but rankers compare it with those of warm items.
         "length": length,

@@ -10,19 +10,37 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
 import numpy as np
+import torch
 from pydantic import BaseModel
 
-from jobs.run import Run
+from jobs import cf, training_workers
+from jobs.run import Run, log
 from jobs.staging import Staging
 from udfs import allmrec_examples
 from udfs.filterllm_checkpoint import Checkpoints
+from udfs.worker_group import Group
 
 FILES = ("model.safetensors", "config.json")
-Fit = Callable[[Staging, Checkpoints], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Training:
+    """A part in the making: what it will be called, where its files go and its state is saved, and the device that trains it.
+    log: is called with lines for a person."""
+
+    version: str
+    artifact: Staging
+    checkpoints: Checkpoints
+    device: str
+    log: Callable[[str], None]
+
+
+Fit = Callable[[Training], dict[str, Any]]
 
 
 def conf_digest(section: BaseModel, seed: int, without: Any = None) -> str:
@@ -44,22 +62,60 @@ def newest(run: Run, kind: str, identity: dict[str, str], days: int | None = Non
     return max(found)[1] if found else None
 
 
-def train(run: Run, kind: str, identity: dict[str, str], data: Any, arrays: Sequence[np.ndarray], fit: Fit) -> str:
+def train(
+    run: Run,
+    kind: str,
+    identity: dict[str, str],
+    data: Any,
+    arrays: Sequence[np.ndarray],
+    fit: Fit,
+    *,
+    here: bool = False,
+) -> str:
     """Train a part and leave it; returns its version.
 
     Args:
         data (JSON), arrays: what it is trained on.
-        fit: is given the artifact, to leave its files there, and its checkpoints; returns facts.
+        fit: leaves the part's files in its artifact; returns facts. With ray.training_workers above 0 it runs on one worker of
+            Ray Train, unless `here`: it sends its work to Ray itself.
+
+    Raises:
+        jobs.ray_cluster.ClusterError, udfs.ray_training.TrainingError: Ray or the worker failed.
     """
+    run = run.anywhere()
     version = allmrec_examples.identity([identity, run.run_date.isoformat(), data], *arrays)[:16]
     artifact, checkpoints = run.artifact(kind, version), run.artifact("checkpoints", version)
     if not artifact.is_complete():
         artifact.clear()
-        found = fit(artifact, Checkpoints(checkpoints.path("state")))
+        state = Checkpoints(checkpoints.path("state"))
+        if run.settings.ray.training_workers and not here:
+            arguments = (fit, version, artifact, state)
+            found = training_workers.run(_on_worker, arguments, run.settings.ray, 1, checkpoints, _told)
+        else:
+            device = "cpu" if here else cf.params(run.settings).torch_device()
+            found = fit(Training(version, artifact, state, device, _told))
         artifact.complete({**identity, "run_id": run.run_id, "trained_on": run.run_date.isoformat(), **found})
     # Not before the part is complete: until then a killed run goes on from them.
     checkpoints.clear()
     return version
+
+
+def _told(line: str) -> None:
+    log(f"[allmrec] {line}")
+
+
+def _on_worker(
+    fit: Fit,
+    version: str,
+    artifact: Staging,
+    state: Checkpoints,
+    *,
+    group: Group,
+    device: torch.device,
+    log: Callable[[str], None],
+) -> dict[str, Any]:
+    """A task of `udfs.ray_training.run`."""
+    return fit(Training(version, artifact, state, str(device), log))
 
 
 def files(run: Run, kind: str, version: str) -> dict[str, bytes]:

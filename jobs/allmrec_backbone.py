@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 
 from jobs import allmrec_artifacts, cf
+from jobs.allmrec_artifacts import Training
 from jobs.allmrec_night import Mask, Night, place, prefixes, renumbered
 from jobs.cf import Space
-from jobs.run import Run, log
-from jobs.staging import Staging
+from jobs.run import Run
 from udfs import backbone, ncf, sampled_ranking, sequence_training
-from udfs.filterllm_checkpoint import Checkpoints
 from udfs.fold_in import fold_in
 from udfs.sequences import PADDING, Ints, Sequences, Split
 from udfs.vectors import Matrix
@@ -123,26 +123,21 @@ def trained(run: Run, night: Night) -> TrainedSide:
         data = [night.user_ids.to_pylist(), night.item_ids.to_pylist()]
         arrays = [night.histories.indptr, night.histories.items]
 
-        def fit(artifact: Staging, checkpoints: Checkpoints) -> dict[str, Any]:
-            log(
-                f"[allmrec] training {settings.backbone} on {len(night.histories)} histories, in the order of {night.order}"
-            )
-            return _fit(run, night, artifact, checkpoints)
-
-        version = allmrec_artifacts.train(run, KIND, identity, data, arrays, fit)
+        version = allmrec_artifacts.train(run, KIND, identity, data, arrays, partial(_fit, run, night))
     model = backbone.load(allmrec_artifacts.files(run, KIND, version))
     artifact = run.artifact(KIND, version)
     ids = (artifact.read(name)["id"].to_pylist() for name in ("users", "items"))
     return TrainedSide(night, version, model, *ids)
 
 
-def _fit(run: Run, night: Night, artifact: Staging, checkpoints: Checkpoints) -> dict[str, Any]:
+def _fit(run: Run, night: Night, training: Training) -> dict[str, Any]:
     """Train on all but the last items of the histories, which decide when to stop."""
     conf, seed, kind = run.settings.allmrec.model, run.settings.seed, run.settings.allmrec.backbone
+    training.log(f"training {kind} on {len(night.histories)} histories, in the order of {night.order}")
     items, n_users = len(night.item_ids), len(night.user_ids)
     shape = {"users": n_users} if kind == "ncf" else {"max_length": conf.max_length}
     model = backbone.build(kind, seed, items=items, dimension=conf.dimension, **shape)
-    model.to(cf.params(run.settings).torch_device())
+    model.to(training.device)
     split = _split(night.histories)
     validate = None
     if (split.validation != PADDING).any() and items > int(night.histories.lengths.max()) + 1:
@@ -155,16 +150,20 @@ def _fit(run: Run, night: Night, artifact: Staging, checkpoints: Checkpoints) ->
     }
 
     def said(line: str) -> None:
-        log(f"[allmrec] {kind}: {line}")
+        training.log(f"{kind}: {line}")
 
     if kind == "ncf":
-        found = ncf.train(model, split.train, ncf.Options(**common), said, validate=validate, checkpoints=checkpoints)
+        found = ncf.train(
+            model, split.train, ncf.Options(**common), said, validate=validate, checkpoints=training.checkpoints
+        )
     else:
         options = sequence_training.Options(**common)
-        found = sequence_training.train(model, split.train, options, said, validate=validate, checkpoints=checkpoints)
-    allmrec_artifacts.write(artifact, backbone.dump(model))
-    artifact.write("users", pa.table({"id": night.user_ids}))
-    artifact.write("items", pa.table({"id": night.item_ids}))
+        found = sequence_training.train(
+            model, split.train, options, said, validate=validate, checkpoints=training.checkpoints
+        )
+    allmrec_artifacts.write(training.artifact, backbone.dump(model))
+    training.artifact.write("users", pa.table({"id": night.user_ids}))
+    training.artifact.write("items", pa.table({"id": night.item_ids}))
     found.pop("history")
     return {"users": n_users, "items": items, "order": night.order, **found}
 

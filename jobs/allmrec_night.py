@@ -23,7 +23,7 @@ class Night:
 
     titles: [I], the first line of the text where there is no title. texts: [I] text_sha256, null for none. cold, with_text: [I].
     histories: of the users, each item once, at its last event; weights: of each of `histories.items`. order: what they are in
-    the order of: event_time (ties by seq), seq, or item_id where the source keeps no order.
+    the order of: event_time (ties by seq), seq, or item_id where the source keeps no order. snapshot: where it is from.
     """
 
     user_ids: pa.Array
@@ -34,6 +34,7 @@ class Night:
     histories: Sequences
     weights: npt.NDArray[np.float64]
     order: str
+    snapshot: Staging
 
     @property
     def with_text(self) -> Mask:
@@ -69,6 +70,7 @@ def read(snapshot: Staging) -> Night:
         Sequences(indptr, item[sort]),
         pairs["weight"].to_numpy()[sort],
         known[0] if known else "item_id",
+        snapshot,
     )
 
 

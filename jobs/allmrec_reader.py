@@ -8,22 +8,22 @@ is left for others to ask (jobs/recommend_weights.py).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from jobs import allmrec_alignment, allmrec_artifacts, cf, text_embeddings
+from jobs import allmrec_alignment, allmrec_artifacts
+from jobs.allmrec_artifacts import Training
 from jobs.allmrec_backbone import Side
 from jobs.allmrec_night import Mask, Night, prefixes, renumbered
 from jobs.allmrec_settings import AllmrecReader
-from jobs.run import Run, log
-from jobs.staging import Staging
+from jobs.run import Run
 from udfs import allmrec_projections, allmrec_reader_training
 from udfs.allmrec_actor import LanguageModel
 from udfs.allmrec_examples import AllmrecError, Examples
 from udfs.allmrec_prompt import DOMAINS, PromptOptions
-from udfs.filterllm_checkpoint import Checkpoints
 from udfs.filterllm_items import held_out
 from udfs.model_files import default_cache
 from udfs.sequences import Ints, Sequences
@@ -68,11 +68,10 @@ def spoken(run: Run, night: Night, alignment: str, side: Side) -> Spoken:
     """The items by alignment `alignment`; `side` holds the vectors of those that CF knows."""
     by_text = night.with_text & (night.cold | ~side.known)
     model = allmrec_alignment.load(run, alignment)
-    encoder_version = run.artifact(allmrec_alignment.KIND, alignment).facts()["encoder_version"]
     texts = np.zeros((len(by_text), model.config.width), np.float32)
     if by_text.any():
         shas = night.texts.filter(pa.array(by_text)).to_pylist()
-        texts[by_text] = text_embeddings.load(run, shas, encoder_version)
+        texts[by_text] = allmrec_alignment.texts(run, alignment, night.snapshot, shas)
     return Spoken(model.joint(side.items, texts, by_text), by_text | side.known, by_text)
 
 
@@ -96,9 +95,7 @@ def find(run: Run, night: Night, alignment: str, side: Side, items: Spoken) -> s
     pool = _pool(night, items)
     examples = _examples(night, side, items, pool, conf, seed)
 
-    def fit(artifact: Staging, checkpoints: Checkpoints) -> dict[str, Any]:
-        return _fit(run, night, items, pool, examples, artifact, checkpoints)
-
+    fit = partial(_fit, run, night, items, pool, examples, identity["language_model"])
     arrays: list[np.ndarray] = [items.joint, pool, *examples.arrays()]
     return allmrec_artifacts.train(run, KIND, identity, night.titles, arrays, fit)
 
@@ -146,17 +143,12 @@ def without_last(night: Night, items: Spoken, rows: Ints) -> tuple[Sequences, In
 
 
 def _fit(
-    run: Run,
-    night: Night,
-    items: Spoken,
-    pool: Ints,
-    examples: Examples,
-    artifact: Staging,
-    checkpoints: Checkpoints,
+    run: Run, night: Night, items: Spoken, pool: Ints, examples: Examples, expected: str, training: Training
 ) -> dict[str, Any]:
+    """`expected`: the language model that the driver has found."""
     conf, seed = run.settings.allmrec.reader, run.settings.seed
-    log(f"[allmrec] training a reader on {len(examples)} users, in the order of {night.order}, with {conf.model}")
-    reader = language_model(conf).reader(None, cf.params(run.settings).torch_device())
+    training.log(f"training a reader on {len(examples)} users, in the order of {night.order}, with {conf.model}")
+    reader = language_model(conf).reader(None, training.device, expected)
     values = conf.model_dump()
     options = allmrec_reader_training.Options(
         **{name: values[name] for name in _OPTIONS}, patience=conf.epochs, seed=seed
@@ -167,10 +159,10 @@ def _fit(
         examples,
         pool,
         options,
-        lambda line: log(f"[allmrec] reader: {line}"),
-        checkpoints=checkpoints,
+        lambda line: training.log(f"reader: {line}"),
+        checkpoints=training.checkpoints,
     )
     assert reader.projections is not None  # training made them
-    allmrec_artifacts.write(artifact, allmrec_projections.dump(reader.projections))
+    allmrec_artifacts.write(training.artifact, allmrec_projections.dump(reader.projections))
     loss = found.pop("history")[-1]["loss"]
     return {"examples": len(examples), "order": night.order, "loss": loss, **found}

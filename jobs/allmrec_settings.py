@@ -1,6 +1,7 @@
 """Section `allmrec` of the settings: what a person may choose about A-LLMRec (arXiv 2404.11343).
 
-Defaults are the paper's, except that the number of examples is bounded and the sentence encoder is the frozen one of `text`.
+Defaults are the paper's, except that the number of examples is bounded and the sentence encoder, which is that of `text`, is
+frozen; with allmrec.alignment.lora it is trained along, by adapters.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from jobs.settings_section import Section
+from jobs.settings_section import Lora, Section
 
 
 class AllmrecBackbone(Section):
@@ -22,8 +23,8 @@ class AllmrecBackbone(Section):
     learning_rate: float = Field(1e-3, gt=0)
 
 
-class AllmrecAlignment(Section):
-    """A-LLMRec's first stage: CF and text joined (udfs/allmrec_alignment.py)."""
+class AllmrecAlignment(Lora):
+    """A-LLMRec's first stage: CF and text joined (udfs/allmrec_alignment.py); lora: the sentence encoder is trained along."""
 
     joint: int = Field(128, ge=1, description="dimensions of the joint space")
     deep: bool = Field(False, description="several hidden layers (a published variant) in place of one")
@@ -88,8 +89,8 @@ class Allmrec(Section):
 
     backbone: Literal["space", "sasrec", "gru4rec", "nextitnet", "ncf"] = Field(
         "space",
-        description="recommend: whose users and items the reader is told of; space: the published vectors. "
-        "(refresh.cold=allmrec always places items in the night's space)",
+        description="recommend: whose users and items the reader is told of; space: the published vectors, which cf.model made: "
+        "that is the way to als, lightgcn and the others of it. (refresh.cold=allmrec always places items in the night's space)",
     )
     model: AllmrecBackbone = AllmrecBackbone()
     alignment: AllmrecAlignment = AllmrecAlignment()

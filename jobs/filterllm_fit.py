@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from jobs import cf, text_embeddings
+from jobs import adapted_texts, cf, text_embeddings
 from jobs.run import Run
 from udfs import filterllm, filterllm_training, lora, word_map
 from udfs.filterllm import FilterLLM, FilterLLMError
@@ -73,18 +73,10 @@ def fit(
     filterllm_training.initialise(model, start, popularity, hidden, settings.seed)
     model.to(device)
     encoder = None
+    source: torch.nn.Module
     if conf.lora:
-        spec = text_embeddings.encoder_spec(settings.text)
-        encoder = lora.encoder_of(spec, identity["language_model"], str(device))
-        lora.attach(
-            encoder,
-            rank=conf.lora_rank,
-            alpha=conf.lora_alpha,
-            dropout=conf.lora_dropout,
-            seed=settings.seed,
-            targets=conf.lora_targets,
-        )
-        source: torch.nn.Module = lora.LoraTexts(encoder, texts)
+        of = identity["language_model"]
+        encoder, source = adapted_texts.trainable(settings.text, conf, of, texts, settings.seed, device)
     else:
         source = FrozenTexts(hidden).to(device)
     options = Options(
@@ -106,8 +98,7 @@ def fit(
                 artifact.write(name, word_map.to_table(found_map))
                 words[name] = len(found_map.words)
     return {
-        # Text embeddings of adapted weights are this model's own; otherwise they are everybody's.
-        "encoder_version": f"lora-{version}" if encoder else identity["language_model"],
+        "encoder_version": adapted_texts.version(version) if encoder else identity["language_model"],
         "lora": conf.lora,
         "users": len(space.user_ids),
         "config": asdict(model.config),

@@ -167,7 +167,9 @@ def _score(
         import ray
 
         if settings.filterllm.lora:
-            adapted_texts.encode(run, trained, pc.unique(pending["text_sha256"]))
+            of = run.artifact("models", trained["model_version"])
+            shas = pending["text_sha256"].combine_chunks()
+            adapted_texts.encode(run, of, run.staging("snapshot"), shas)
         keys, bias = model.keys()
         # Put once: the actors of a machine read the same memory.
         shared = tuple(ray.put(array) for array in (keys, bias, allowed))

@@ -11,23 +11,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from contextlib import nullcontext
-from dataclasses import replace
 from datetime import date
 from typing import Any
 
-from jobs import cf, filterllm_fit, ray_cluster
+from jobs import cf, filterllm_fit, training_workers
 from jobs.run import Run, log
 from jobs.settings import Settings
 from jobs.staging import Staging
-from udfs import filterllm, ray_training, word_map
+from udfs import filterllm, word_map
 from udfs.filterllm import FilterLLM
 from udfs.word_map import WordMap
 
 _DEFINITION = "3"  # raise it when another model comes from the same settings
 _FILES = ("model.safetensors", "config.json")
-_ADAPTER = ("adapter.safetensors", "adapter.json")
 
 
 def conf_digest(settings: Settings) -> str:
@@ -82,11 +78,6 @@ def load_model(run: Run, version: str) -> FilterLLM:
     return filterllm.load({name: artifact.read_bytes(name) for name in _FILES})
 
 
-def load_adapter(run: Run, version: str) -> dict[str, bytes]:
-    """The files of the adapters of model `version`, for `udfs.lora`."""
-    return {name: run.artifact("models", version).read_bytes(name) for name in _ADAPTER}
-
-
 def load_words(run: Run, version: str, *, held_out: bool = True) -> WordMap | None:
     """The map from words to the space that was learnt with model `version`, from the items that were held out too, or without
     them; None: no text of then holds a word."""
@@ -115,7 +106,7 @@ def _train(run: Run, identity: dict[str, str]) -> str:
     version = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     artifact, checkpoints = run.artifact("models", version), run.artifact("checkpoints", version)
     if not artifact.is_complete():
-        found = _fit(run, identity, version, checkpoints)
+        found = _fit(run, identity, version)
         nth = 1 + sum(day == run.run_date for day, _ in _models(run, identity))
         facts = {**identity, "run_id": run.run_id, "trained_on": run.run_date.isoformat(), "nth": nth, **found}
         artifact.complete(facts)
@@ -124,24 +115,17 @@ def _train(run: Run, identity: dict[str, str]) -> str:
     return version
 
 
-def _fit(run: Run, identity: dict[str, str], version: str, checkpoints: Staging) -> dict[str, Any]:
+def _fit(run: Run, identity: dict[str, str], version: str) -> dict[str, Any]:
     """Train over ray.training_workers workers, or in this process; the model's facts."""
-    ray, workers = run.settings.ray, run.settings.ray.training_workers
-    lake = run.settings.lake
-    if "://" not in lake:
-        # A worker's working folder may be another one.
-        run = replace(run, settings=run.settings.model_copy(update={"lake": os.path.abspath(lake)}))
-        checkpoints = run.artifact("checkpoints", version)
-    with ray_cluster.cluster(ray) if workers else nullcontext():
-        if workers:
-            ray_cluster.require_workers(ray, workers)
-        return ray_training.run(
-            filterllm_fit.fit,
-            # Another number of workers is another training, which goes on with its own states only.
-            (run, identity, version, checkpoints.path(f"state-{max(workers, 1)}")),
-            workers=workers,
-            cpus=ray.cpus_per_actor,
-            gpus=ray.gpus_per_actor,
-            folder=checkpoints.uri,
-            log=lambda line: log(f"[filterllm_train] {line}"),
-        )
+    run, workers = run.anywhere(), run.settings.ray.training_workers
+    checkpoints = run.artifact("checkpoints", version)
+    # Another number of workers is another training, which goes on with its own states only.
+    state = checkpoints.path(f"state-{max(workers, 1)}")
+    return training_workers.run(
+        filterllm_fit.fit,
+        (run, identity, version, state),
+        run.settings.ray,
+        workers,
+        checkpoints,
+        lambda line: log(f"[filterllm_train] {line}"),
+    )

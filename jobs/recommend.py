@@ -158,7 +158,7 @@ def _stage(run: Run, out: Staging, published_night: Published, row: dict[str, An
     night = allmrec_night.read(night_snapshot(run, before, row))
     log(f"[recommend] histories are in the order of {night.order}")
     encoded = before.staging("text_embeddings")
-    encoder_version = (
+    language_model = (
         encoded.facts()["model_version"] if encoded.is_complete() else text_embeddings.model_version(run.settings.text)
     )
     users, items = published_night.user_embeddings(), published_night.item_embeddings()
@@ -173,7 +173,7 @@ def _stage(run: Run, out: Staging, published_night: Published, row: dict[str, An
         side: allmrec_backbone.Side = published_side
     else:
         side = learnt = allmrec_backbone.trained(run, night)
-    alignment = allmrec_alignment.find(run, night, encoder_version, learnt)
+    alignment = allmrec_alignment.find(run, night, language_model, learnt)
     spoken = allmrec_reader.spoken(run, night, alignment, side)
     nearest = recommend_users.Nearest(item_index.ready(before, items, users), night)
     chosen = recommend_users.choose(

@@ -16,16 +16,15 @@ from typing import Any
 import numpy as np
 
 from jobs import allmrec_artifacts, allmrec_reader, recommend_reading
+from jobs.allmrec_artifacts import Training
 from jobs.allmrec_backbone import Side, SpaceSide
 from jobs.allmrec_night import Night
 from jobs.allmrec_reader import Spoken
 from jobs.recommend_users import Nearest
 from jobs.run import Run, log
 from jobs.sampled_users import ENOUGH
-from jobs.staging import Staging
 from udfs import conditional_logit
 from udfs.allmrec_actor import NOBODY, Asked
-from udfs.filterllm_checkpoint import Checkpoints
 from udfs.sampled_ranking import ndcg, ranks
 from udfs.sequences import Ints
 from udfs.vectors import Matrix
@@ -78,11 +77,11 @@ def find(
             )
             return Weights(), None
 
-        def fit(artifact: Staging, checkpoints: Checkpoints) -> dict[str, Any]:
+        def fit(training: Training) -> dict[str, Any]:
             return {"of": of, **_measured(run, night, items, reader, asked, retrieval)}
 
         arrays: list[np.ndarray] = [asked.users, asked.candidates, retrieval]
-        version = allmrec_artifacts.train(run, KIND, identity, None, arrays, fit)
+        version = allmrec_artifacts.train(run, KIND, identity, None, arrays, fit, here=True)
     facts = run.artifact(KIND, version).facts()
     return Weights(facts["likelihood"], facts["retrieval"]), version
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from importlib.metadata import version
 from typing import Any
@@ -91,6 +92,12 @@ class Run:
     @property
     def lake(self) -> Lake:
         return Lake(self.settings.lake, self.settings.storage_options)
+
+    def anywhere(self) -> Run:
+        """The same run, as another process can read it, whose working folder may be another one."""
+        if "://" in self.settings.lake:
+            return self
+        return replace(self, settings=self.settings.model_copy(update={"lake": os.path.abspath(self.settings.lake)}))
 
     @property
     def midnight(self) -> datetime:

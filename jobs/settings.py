@@ -14,6 +14,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from jobs.allmrec_settings import Allmrec
+from jobs.settings_section import Lora
 from jobs.settings_section import Section as _Section
 from schemas.errors import ColdRefreshError
 from udfs.cleaning import template
@@ -119,7 +120,7 @@ class Cf(_Section):
     )
 
 
-class FilterLLM(_Section):
+class FilterLLM(Lora):
     epochs: int = Field(20, ge=1)
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(1e-4, ge=0)
@@ -139,14 +140,6 @@ class FilterLLM(_Section):
     )
     samples: int = Field(8192, ge=1, description="sampled softmax: users drawn a step")
     proposal: Literal["uniform", "popularity"] = Field("uniform", description="sampled softmax: how they are drawn")
-    lora: bool = Field(
-        False, description="train LoRA adapters in the LLM too; otherwise it is frozen and read from the cache"
-    )
-    lora_rank: int = Field(8, ge=1)
-    lora_alpha: int = Field(32, ge=1)
-    lora_dropout: float = Field(0.1, ge=0, lt=1)
-    lora_learning_rate: float = Field(1e-4, gt=0, description="of the adapters; the paper's")
-    lora_targets: Literal["attention", "all_linear"] = Field("attention", description="attention: query and value")
     max_users: int = Field(1000, ge=1, description="training users an item, at most")
     validation_share: float = Field(0.05, gt=0, lt=1, description="warm items held out to stop early and to calibrate")
     patience: int = Field(4, ge=1)
@@ -219,7 +212,7 @@ class Evaluate(_Section):
 
 
 class RayCluster(_Section):
-    """How the workers run. Only another number of training_workers gives another model, as another seed does."""
+    """How the workers run. Only another number of training_workers gives another model (of FilterLLM), as another seed does."""
 
     address: str | None = Field(
         None, description="of a running cluster (host:port or auto); without one it is started here"
@@ -230,7 +223,8 @@ class RayCluster(_Section):
     training_workers: int = Field(
         0,
         ge=0,
-        description="Ray Train's workers that train FilterLLM (0: the driver trains it); each draws dropout and noise of its own",
+        description="Ray Train's workers that train FilterLLM (0: the driver trains it); each draws dropout and noise of its own. "
+        "Above 0 each part of A-LLMRec is trained on one such worker, too; several would not share that work",
     )
 
 
@@ -270,10 +264,12 @@ class Settings(_Section):
     def _consistent(self) -> Settings:
         if self.refresh.users is not None and self.refresh.users > self.sampling.k:
             raise ValueError(f"refresh.users ({self.refresh.users}) is more than sampling.k ({self.sampling.k})")
-        if self.filterllm.lora and self.text.also:
-            raise ValueError("filterllm.lora trains one language model: leave text.also empty")
-        if self.filterllm.lora and width_of(self.text.model) is not None:
-            raise ValueError("filterllm.lora trains a language model, and text.model words is none")
+        tuned = [("filterllm.lora", self.filterllm.lora), ("allmrec.alignment.lora", self.allmrec.alignment.lora)]
+        for name in (name for name, on in tuned if on):
+            if self.text.also:
+                raise ValueError(f"{name} trains one language model: leave text.also empty")
+            if width_of(self.text.model) is not None:
+                raise ValueError(f"{name} trains a language model, and text.model words is none")
         if self.cf.init == "llminit" and self.cf.model in ("als", "als_cg"):
             raise ValueError(f"cf.init llminit needs a cf.model that keeps its start, not {self.cf.model}")
         if self.cf.negatives == "user" and self.cf.model not in ("bpr", "lightgcn", "sgl"):
@@ -292,6 +288,14 @@ class Settings(_Section):
             raise ValueError(
                 "refresh.cold allmrec needs texts that are tied to CF: set allmrec.alignment.match mse or infonce, or "
                 "allmrec.alignment.text_recommendation above 0"
+            )
+        if (
+            not (aligned.alpha or aligned.recommendation or aligned.text_recommendation)
+            and self.refresh.cold == "allmrec"
+        ):
+            raise ValueError(
+                "refresh.cold allmrec needs a decoder into the CF space, and nothing trains it: set allmrec.alignment.alpha, "
+                "allmrec.alignment.recommendation or allmrec.alignment.text_recommendation above 0"
             )
         if self.evaluate.protocol == "random_item" and self.snapshot.split is None:
             raise ValueError("evaluate.protocol random_item needs snapshot.split")

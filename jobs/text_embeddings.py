@@ -161,7 +161,7 @@ def _encode(run: Run, spec: EncoderSpec, version: str, cache: _Cache, pending: p
     shards = [pending.slice(start, size) for start in range(0, len(pending), size)]
     apps = [app(shard, version) for shard in shards]
     sequences = run.lake.sequences(TABLE, apps, cache.at) if cache.at is not None else [0] * len(apps)
-    content = _texts(run.staging("snapshot"), pending, text.max_tokens)
+    content = texts(run.staging("snapshot"), pending, text.max_tokens)
     log(f"[{TABLE}] {len(pending)} texts in {len(shards)} shards through {version}")
     worker = (spec, version, "cuda" if ray.gpus_per_actor > 0 else "cpu")
     actors = min(ray.actors, len(shards))
@@ -181,7 +181,7 @@ def _distinct(shas: pa.ChunkedArray) -> pa.Array:
     return distinct.take(pc.sort_indices(distinct))
 
 
-def _texts(snapshot: Staging, shas: pa.Array, max_tokens: int) -> pa.Array:
+def texts(snapshot: Staging, shas: pa.Array, max_tokens: int) -> pa.Array:
     """The texts with these hashes, in their order, cut to what an encoder of `max_tokens` can read."""
     from udfs.text_encoder import CHARACTERS_A_TOKEN  # torch and transformers: only where something is encoded
 

@@ -81,9 +81,14 @@ def test_only_what_decides_results_makes_another_run() -> None:
             {"refresh": {"cold": "allmrec"}, "allmrec": {"alignment": {"match": "none"}}},
             "alignment.match mse or infonce",
         ),
+        (
+            {"refresh": {"cold": "allmrec"}, "allmrec": {"alignment": {"alpha": 0, "recommendation": 0}}},
+            "nothing trains it: set allmrec.alignment.alpha",
+        ),
         ({"allmrec": {"backbone": "svd"}}, "'sasrec'"),
         ({"filterllm": {"lora": True}, "text": {"also": ["words"]}}, "leave text.also empty"),
         ({"filterllm": {"lora": True}, "text": {"model": "words"}}, "text.model words is none"),
+        ({"allmrec": {"alignment": {"lora": True}}, "text": {"also": ["words"]}}, "alignment.lora trains one language"),
         ({"allmrec": {"reader": {"llm": "smollm2"}}}, "reader.llm"),
     ],
 )

@@ -38,10 +38,19 @@ class LanguageModel:
         files = find_model(self.model, self.sha256, Path(self.cache))
         return files, f"{files.identity[:16]}-{self.dtype}"
 
-    def reader(self, projections: allmrec_projections.Projections | None, device: str) -> Reader:
-        """The model in memory."""
-        directory = self.resolve()[0].directory
-        return Reader(directory, projections, batch_tokens=self.batch_tokens, dtype=self.dtype, device=device)
+    def reader(
+        self, projections: allmrec_projections.Projections | None, device: str, expected: str | None = None
+    ) -> Reader:
+        """The model in memory.
+
+        Raises:
+            ModelError: it is missing here, or is another one than `expected`.
+            AllmrecError: the projections do not fit it.
+        """
+        files, found = self.resolve()
+        if expected not in (None, found):
+            raise ModelError(f"a worker found the language model {found}, the run uses {expected}")
+        return Reader(files.directory, projections, batch_tokens=self.batch_tokens, dtype=self.dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -71,16 +80,8 @@ class ReaderActor:
         generate: bool,
         device: str,
     ) -> None:
-        """files: of the projections; titles, joint [I, joint]: the catalogue.
-
-        Raises:
-            ModelError: the language model is missing here, or is another one than `expected`.
-            AllmrecError: the projections do not fit it.
-        """
-        found = model.resolve()[1]
-        if found != expected:
-            raise ModelError(f"a worker found the language model {found}, the reader was trained with {expected}")
-        self._reader = model.reader(allmrec_projections.load(files), device)
+        """files: of the projections; titles, joint [I, joint]: the catalogue. Raises what `LanguageModel.reader` does."""
+        self._reader = model.reader(allmrec_projections.load(files), device, expected)
         self._catalogue = self._reader.catalogue(titles, joint, options)
         self._normalise, self._generate = normalise, generate
 

@@ -20,6 +20,7 @@ from udfs.allmrec_alignment import Alignment, Weights, losses, total
 from udfs.allmrec_examples import AllmrecError, Examples, identity
 from udfs.backbone import inner_products
 from udfs.filterllm_checkpoint import Checkpoints
+from udfs.progress import Progress
 from udfs.sampled_ranking import ndcg, ranks
 from udfs.sequences import Ints
 from udfs.vectors import Matrix
@@ -64,6 +65,7 @@ def train(
     """Train `model` (and `texts`, as far as it has trainable parameters) in place, on the device of `model`.
 
     Args:
+        log: called with lines of each epoch, and one a minute within it.
         texts: called with item numbers [B] (numpy int64), gives Q [B, D] (udfs.filterllm_items.FrozenTexts,
             udfs.lora.LoraTexts).
         items: E [I, d] float32, frozen; read for the items of `examples`, of `validation` and of `pool` only.
@@ -88,6 +90,7 @@ def train(
         triples = examples.draw(pool, 1, seed)
         order = np.random.Generator(np.random.Philox(seed)).permutation(len(examples))
         sums: dict[str, float | torch.Tensor] = {}
+        progress = Progress("of this epoch", len(order), "pairs", seconds=60.0, log=log)
         for start in range(0, len(order), options.batch_size):
             rows = order[start : start + options.batch_size]
             parts = _losses(model, texts, items, scale * examples.users[rows], triples[rows], options.weights)
@@ -97,6 +100,7 @@ def train(
             optimizer.step()
             for name, part in [("loss", loss), *parts.items()]:
                 sums[name] = sums.get(name, 0.0) + part.detach().double() * len(rows)
+            progress.advance(len(rows))
         means = {name: float(value) / len(examples) for name, value in sums.items()}
         log("alignment: " + ", ".join(f"{name} {means[name]:.4f}" for name in _SHOWN if name in means))
         return means["loss"]

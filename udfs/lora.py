@@ -1,4 +1,5 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685) in the language model, trained jointly with FilterLLM's mapper and vocabulary.
+"""LoRA (Hu et al. 2021, arXiv 2106.09685) in the language model, trained jointly with FilterLLM's mapper and vocabulary, or
+with A-LLMRec's first stage.
 
 Adapters sit on the query and value projections of attention, as in FilterLLM (arXiv 2502.16924, settings), or on every
 linear layer. After training they are saved as safetensors and, to encode, merged into the weights. On a GPU the language
@@ -62,20 +63,20 @@ def _layers(encoder: TextEncoder, targets: Targets) -> list[str]:
         # The pooler, where there is one, comes behind the hidden states that are read here.
         linear = [n for n, m in encoder.model.named_modules() if isinstance(m, nn.Linear) and "pooler" not in n]
         if not linear:
-            raise LoraError(f"a {kind} model has no linear layers that LoRA can adapt. Set filterllm.lora: false")
+            raise LoraError(f"a {kind} model has no linear layers that LoRA can adapt. Set lora: false")
         return linear
     names = {name.rsplit(".", 1)[-1] for name, _ in encoder.model.named_modules()}
     found = next((pair for pair in _PROJECTIONS if names >= set(pair)), None)
     if found is None:
         raise LoraError(
             f"LoRA needs attention projections called one of {_PROJECTIONS}; a {kind} model has none of them. "
-            "Set filterllm.lora_targets: all_linear, or filterllm.lora: false"
+            "Set lora_targets: all_linear beside it, or lora: false"
         )
     return list(found)
 
 
 class LoraTexts(nn.Module):
-    """Hidden states of texts under an encoder with adapters (`attach`): for `udfs.filterllm_training.train`.
+    """Hidden states of texts under an encoder with adapters (`attach`), for the trainings of FilterLLM and of A-LLMRec's alignment.
 
     lengths: [n] int64, tokens of each text.
     """

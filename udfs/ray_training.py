@@ -182,7 +182,7 @@ def _reason(error: Exception, workers: int, cpus: float, gpus: float) -> ColdRef
     last = "; ".join(f"worker {rank}: {str(e).strip().splitlines()[-1]}" for rank, e in failures.items())
     return TrainingError(
         f"training failed {RESTARTS + 1} times; {last}. What was saved stays: the same command goes on from there. A worker "
-        "that was killed may have lacked memory: a smaller filterllm.batch_size or filterllm.vocabulary_chunk needs less"
+        "that was killed may have lacked memory: a smaller batch_size (of FilterLLM also a smaller vocabulary_chunk) needs less"
     )
 
 
