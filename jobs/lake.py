@@ -70,13 +70,23 @@ class Lake:
             ) from None
         except Exception as error:
             if version is None:
-                raise
+                raise self._unreadable(name, error) from error
             raise LakeError(
                 f"table '{name}' at {self.path(name)} has no readable version {version}: {error}"
             ) from error
 
     def exists(self, name: str) -> bool:
-        return DeltaTable.is_deltatable(self.path(name), self.options or None)
+        """There is a Delta table `name`. Raises LakeError where nobody can tell."""
+        try:
+            return DeltaTable.is_deltatable(self.path(name), self.options or None)
+        except (OSError, DeltaError) as error:
+            raise self._unreadable(name, error) from error
+
+    def _unreadable(self, name: str, error: Exception) -> LakeError:
+        return LakeError(
+            f"{self.path(name)} cannot be read: {str(error).splitlines()[0][:300]}. An object store wants its place and credentials "
+            "in the environment (S3: AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL)"
+        )
 
     def version(self, name: str) -> int:
         return self.table(name).version()

@@ -25,6 +25,10 @@ from schemas.errors import ColdRefreshError
 from udfs.vectors import from_column
 
 
+# Sources of a vector that no interaction gave.
+_BY_TEXT = ("sampled", "llminit", "allmrec")
+
+
 class NotPublishedError(ColdRefreshError):
     """There is no such publication, or what is there is not of one run."""
 
@@ -120,7 +124,7 @@ def recommend(published: Published, user_id: str | None, top: int, *, use_index:
     if position < 0 or users.num_rows == 0:
         raise NotPublishedError(
             f"user {user_id!r} has no vector among the {users.num_rows} of {published.refresh_date} "
-            f"(run {published.run_id}): no interactions of before that date"
+            f"(run {published.run_id}): it is unknown, or `rejected_rows` says why it has none"
         )
     user = users.slice(position, 1)
     vector = from_column(user["embedding"])[0]
@@ -131,7 +135,6 @@ def recommend(published: Published, user_id: str | None, top: int, *, use_index:
         scores = from_column(items["embedding"]) @ vector
         best = [(ids[i], float(scores[i])) for i in np.argsort(-scores, kind="stable")[:top]]
     source = dict(zip(ids, items["source"].to_pylist(), strict=True))
-    cold = set(pc.unique(sampled["item_id"]).to_pylist())
     return {
         "run_id": published.run_id,
         "refresh_date": published.refresh_date.isoformat(),
@@ -144,7 +147,7 @@ def recommend(published: Published, user_id: str | None, top: int, *, use_index:
         },
         "user_id": user["user_id"][0].as_py(),
         "items": [
-            {"item_id": item, "score": round(score, 6), "cold": item in cold, "source": source[item]}
+            {"item_id": item, "score": round(score, 6), "cold": source[item] in _BY_TEXT, "source": source[item]}
             for item, score in best
         ],
     }
@@ -160,6 +163,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--top", type=int, default=10, help="how many items (default: %(default)s)")
     parser.add_argument("--index", action="store_true", help="search the exported FAISS index")
     args = parser.parse_args(argv)
+    if args.top < 1:
+        parser.error(f"--top is {args.top}: at least 1")
 
     def job() -> dict[str, Any]:
         published = latest(cli.lake(args), parse_run_date(args.date, "--date") if args.date else None)

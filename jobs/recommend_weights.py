@@ -131,9 +131,14 @@ def _measured(run: Run, night: Night, items: Spoken, reader: str, asked: Asked, 
     shards = [Asked(asked.users[own], asked.histories.take(own), asked.candidates[own]) for own in rows]
     read = recommend_reading.likelihoods(run, night, items, reader, shards, n)
     likelihoods = np.concatenate([scores for scores, _ in read])
-    of_likelihood, of_retrieval = conditional_logit.fit([likelihoods, retrieval])
-    weights = Weights(float(of_likelihood), float(of_retrieval))
-    orders = {"retrieval": retrieval, "likelihood": likelihoods, "both": weights(likelihoods, retrieval)}
+    weights = Weights(*conditional_logit.fit([likelihoods, retrieval]).tolist())
+    # Each user's by the weights of the others.
+    both, fold = np.empty_like(retrieval), np.arange(n) % min(5, n)
+    for own in (fold == number for number in range(min(5, n))):
+        others = ~own if n > 1 else own
+        of_others = conditional_logit.fit([likelihoods[others], retrieval[others]])
+        both[own] = Weights(*of_others.tolist())(likelihoods[own], retrieval[own])
+    orders = {"retrieval": retrieval, "likelihood": likelihoods, "both": both}
     quality = {
         name: round(float(ndcg(ranks(np.where(np.isnan(scores), -np.inf, scores)), 10).mean()), 4)
         for name, scores in orders.items()

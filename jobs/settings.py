@@ -14,7 +14,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from jobs.allmrec_settings import Allmrec
-from jobs.settings_section import Lora
+from jobs.settings_section import Lora, told
 from jobs.settings_section import Section as _Section
 from schemas.errors import ColdRefreshError
 from udfs.cleaning import template
@@ -357,8 +357,8 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Setti
         raise SettingsError(
             f"no settings file {path}; conf/ holds {sorted(p.name for p in Path('conf').glob('*.yaml'))}"
         ) from None
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{path} is not YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise SettingsError(f"{path} is no readable YAML file: {error}") from error
     if not isinstance(body, dict):
         raise SettingsError(f"{path} holds no mapping of settings")
     for override in overrides:
@@ -366,5 +366,8 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Setti
     try:
         return Settings.model_validate(body)
     except ValidationError as error:
-        lines = [f"  {'.'.join(str(part) for part in e['loc']) or '(all)'}: {e['msg']}" for e in error.errors()]
-        raise SettingsError("\n".join([f"{path}: settings that cannot be used:", *lines])) from None
+        lines = [f"  {told(e, Settings)}" for e in error.errors()]
+        given = f" with {', '.join(f'--set {one}' for one in overrides)}" if overrides else ""
+        raise SettingsError(
+            "\n".join([f"{path}{given}: settings that cannot be used:", *dict.fromkeys(lines)])
+        ) from None

@@ -1,10 +1,11 @@
-"""What every section of the settings is: frozen, and an unknown key is an error; and what two of them share."""
+"""What every section of the settings is: frozen, and an unknown key is an error, which is told; and what two of them share."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import ErrorDetails
 
 
 class Section(BaseModel):
@@ -22,3 +23,25 @@ class Lora(Section):
     lora_dropout: float = Field(0.1, ge=0, lt=1)
     lora_learning_rate: float = Field(1e-4, gt=0, description="of the adapters; the papers'")
     lora_targets: Literal["attention", "all_linear"] = Field("attention", description="attention: query and value")
+
+
+def told(error: ErrorDetails, settings: type[Section]) -> str:
+    """Where in the settings it is, and what is wrong, for who knows YAML and not pydantic."""
+    section: type[Section] | None = settings
+    place: list[str] = []
+    for part in error["loc"]:
+        if section is None and isinstance(part, str) and error["type"] != "extra_forbidden":
+            break  # of a value that may be this or that ("auto" or a number) pydantic names each
+        place.append(str(part))
+        fields = section.model_fields if section else {}
+        if part in fields:
+            kind = fields[str(part)].annotation
+            section = kind if isinstance(kind, type) and issubclass(kind, Section) else None
+    says = error["msg"]
+    if error["type"] == "extra_forbidden":
+        says = "unknown key" + (f"; there are {', '.join(section.model_fields)}" if section else "")
+    elif error["type"] == "tuple_type":
+        says = "expected a list, such as [a, b]"
+    elif error["type"] == "model_type":
+        says = "expected a section: key: value below it"
+    return f"{'.'.join(place) or '(all)'}: {says}"

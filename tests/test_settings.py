@@ -27,6 +27,10 @@ def test_every_file_of_conf_loads_and_begins_with_its_command(path: Path) -> Non
         ("cf.model=svd", "'als'"),
         ("text.max_tokens=many", "text.max_tokens"),
         ("sampling.k=0", "sampling.k"),
+        ("sampling.q=3", "unknown key; there are k, draw"),
+        ("text.also=smollm2", "expected a list"),
+        ("text=words", "expected a section"),
+        ("refresh.scale=foo", "refresh.scale: "),
         ("refresh.users=1000", "refresh.users"),
         ("evaluate.protocol=random_item", "snapshot.split"),
         ("cf.negatives=user", "draws no negatives"),
@@ -52,8 +56,10 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
         load(tmp_path / "nothing.yaml")
     broken = tmp_path / "broken.yaml"
     broken.write_text("lake: [")
-    with pytest.raises(SettingsError, match="is not YAML"):
+    with pytest.raises(SettingsError, match="no readable YAML"):
         load(broken)
+    with pytest.raises(SettingsError, match="no readable YAML"):
+        load(tmp_path)
     broken.write_text("- a list")
     with pytest.raises(SettingsError, match="no mapping"):
         load(broken)

@@ -52,12 +52,14 @@ class Reader:
         batch_tokens: int = 8192,
         dtype: Literal["float32", "bfloat16"] = "float32",
         device: str = "cpu",
-        padding_side: Literal["left", "right"] = "right",
+        padding_side: Literal["left", "right"] = "left",
     ) -> None:
         """Load the model of `directory` (see `udfs.model_files.find_model`), in `dtype`; the projections stay float32.
 
         Args:
             batch_tokens: tokens of a batch outside of training: prompts with their candidates' titles, padding included.
+            padding_side: left, and all answers end at the same place, so that fewest positions go through the model's head; the
+                result does not depend on it (beyond rounding).
 
         Raises:
             ModelError: the files cannot be loaded, or are no causal language model with its head.

@@ -29,9 +29,10 @@ class Items:
 
     def targets(self, index: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """indptr and users of the items `index`."""
-        counts = np.diff(self.indptr)[index]
+        first = self.indptr[index]
+        counts = self.indptr[index + 1] - first
         indptr = np.concatenate([[0], np.cumsum(counts)])
-        flat = np.repeat(self.indptr[:-1][index] - indptr[:-1], counts) + np.arange(indptr[-1])
+        flat = np.repeat(first - indptr[:-1], counts) + np.arange(indptr[-1])
         return torch.from_numpy(indptr).to(device), torch.from_numpy(self.users[flat]).to(device)
 
 

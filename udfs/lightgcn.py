@@ -89,7 +89,9 @@ class _MeanOfLayers(torch.autograd.Function):
 
 
 def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """`left` @ `right` in `out`: a large tensor that is new each time costs as much as the product, in page faults."""
+    """`left` @ `right`, in `out` on a CPU: a large tensor that is new each time costs as much as the product, in page faults."""
+    if right.is_cuda:
+        return left @ right
     return torch.addmm(out, left, right, beta=0, out=out)
 
 

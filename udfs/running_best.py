@@ -45,7 +45,8 @@ class RunningBest:
         self._pieces.append((rows, places, _packed(scores, users)))
         self._counts += counts
         self._waiting += len(rows)
-        if self._waiting >= len(self._counts) * self._kept:
+        # One row with very many must not make all of them wide.
+        if self._waiting >= len(self._counts) * self._kept or int(self._counts.max()) > 8 * self._kept:
             self._sort_in()
 
     def users(self) -> torch.Tensor:

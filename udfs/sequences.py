@@ -69,7 +69,7 @@ class Sequences:
 
     def take(self, rows: Ints) -> Sequences:
         """These histories, in this order."""
-        lengths = self.lengths[rows]
+        lengths = self.indptr[rows + 1] - self.indptr[rows]
         indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         at = np.arange(indptr[-1]) + np.repeat(self.indptr[rows] - indptr[:-1], lengths)
         return Sequences(indptr, self.items[at])

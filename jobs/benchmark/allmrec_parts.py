@@ -134,7 +134,7 @@ class Parts:
             config = {"items": len(self.corpus.titles), "dimension": options.dimension}
             if kind == "ncf":
                 config["users"] = len(train)
-            model = backbone.build(kind, self.seed, **config)
+            model = backbone.build(kind, self.seed, **config).to(options.device)
             looked_at = sampled_ranking.validation(backbone.of(model), self.division.split, self.seed, max_users=2000)
             trainer: Any = ncf if kind == "ncf" else sequence_training
             how = trainer.Options(epochs=options.cf_epochs, patience=options.cf_patience, seed=self.seed)
@@ -157,9 +157,11 @@ class Parts:
         sizes = len(train), len(self.corpus.titles)
         data = Pairs(pairs[:, 0], pairs[:, 1], np.ones(len(pairs), np.float32))
         if options.backbone == "als_cg":
-            return cf_model.fit("als_cg", data, *sizes, CfParams(options.dimension, device="cpu"), self.seed)
+            return cf_model.fit("als_cg", data, *sizes, CfParams(options.dimension, device=options.device), self.seed)
         # Not tuned here: the patience decides how long.
-        params = CfParams(options.dimension, options.cf_epochs, learning_rate=0.002, batch_size=2048, device="cpu")
+        params = CfParams(
+            options.dimension, options.cf_epochs, learning_rate=0.002, batch_size=2048, device=options.device
+        )
         best: list[Any] = [-1.0, 0, None]
 
         def told(epoch: int, embeddings: Callable[[], tuple[Matrix, Matrix]]) -> bool:
@@ -242,7 +244,7 @@ class Parts:
             config = allmrec_alignment.Config(options.dimension, texts.shape[1], deep=options.deep)
             joint = allmrec_alignment.build(config, self.seed)
             joint.standardise(model.items[pool], texts[pool])
-            return learn(joint, FrozenTexts(texts), how, 0, checkpoints)
+            return learn(joint.to(options.device), FrozenTexts(texts).to(options.device), how, 0, checkpoints)
 
         made_of = [options.match, options.reconstruction, options.recommendation, options.text_recommendation]
         made_of += [options.deep, options.alignment_epochs, beta, self.seed]
@@ -253,7 +255,7 @@ class Parts:
         def tune(checkpoints: Checkpoints) -> dict[str, bytes]:
             encoder = self._encoder(options, options.text_model)
             lora.attach(encoder, **_LORA, seed=self.seed, targets="all_linear")  # type: ignore[arg-type]
-            joint = allmrec_alignment.load(aligned.files)
+            joint = allmrec_alignment.load(aligned.files).to(options.device)
             longer = replace(how, epochs=options.tuned_epochs, patience=options.tuned_epochs)
             most = options.tuned_users or len(self.division.split.train)
             found = learn(joint, lora.LoraTexts(encoder, self.corpus.texts), longer, most, checkpoints)
