@@ -84,8 +84,8 @@ class Lake:
 
     def _unreadable(self, name: str, error: Exception) -> LakeError:
         return LakeError(
-            f"{self.path(name)} cannot be read: {str(error).splitlines()[0][:300]}. An object store wants its place and credentials "
-            "in the environment (S3: AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL)"
+            f"{self.path(name)} cannot be read: {' '.join(str(error).split())[:300]}. An object store wants its place and "
+            "credentials in the environment (S3: AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL)"
         )
 
     def version(self, name: str) -> int:

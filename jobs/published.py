@@ -24,7 +24,6 @@ from jobs.run import OUTPUTS, log, parse_run_date
 from schemas.errors import ColdRefreshError
 from udfs.vectors import from_column
 
-
 # Sources of a vector that no interaction gave.
 _BY_TEXT = ("sampled", "llminit", "allmrec")
 
