@@ -10,7 +10,7 @@ this command. It keeps
   measured), what a staged stage says that it used, and what all that is built on;
 - what was changed less than `keep_days` days ago by the clock, where no date is written.
 
-Of the caches (`text_embeddings`, `item_scores`) it deletes what stands under a model's or a scoring's version that is not kept;
+The rows of `runs` stay; they are put together into fewer files. Of the caches (`text_embeddings`, `item_scores`) it deletes what stands under a model's or a scoring's version that is not kept;
 the files go when the tables are vacuumed. The other tables are as any Delta tables: their old partitions and versions are their
 owner's (DELETE, VACUUM). A night of before these days that is run again trains, encodes and scores anew. The last line of stdout
 is JSON.
@@ -96,6 +96,8 @@ def prune(lake: Lake, keep_days: int, now: datetime, *, dry_run: bool = False) -
             folder.clear()
         summary["removed"][kind] = summary["removed"].get(kind, 0) + 1
         summary["bytes"] += size
+    if not dry_run:  # eleven files a night, which every reader reads
+        lake.table("runs").optimize.compact()
     log(
         f"{sum(summary['removed'].values())} parts, {summary['bytes'] / 2**20:.1f} MiB; kept is what nights since {since} need"
     )

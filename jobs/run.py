@@ -81,7 +81,7 @@ class Run:
     sequence: int
     input_versions: dict[str, int]
     conf_hash: str
-    # Of the input tables; none are known of a run that was begun before ids were kept.
+    # Of the input tables, where the run is to know its own again.
     table_ids: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -264,6 +264,11 @@ class Settings(_Section):
     def _consistent(self) -> Settings:
         if self.refresh.users is not None and self.refresh.users > self.sampling.k:
             raise ValueError(f"refresh.users ({self.refresh.users}) is more than sampling.k ({self.sampling.k})")
+        models = (self.text.model, *self.text.also)
+        if len(set(models)) < len(models):
+            raise ValueError(f"text.model and text.also name a model twice: {', '.join(models)}")
+        if self.text.sha256 and width_of(self.text.model) is not None:
+            raise ValueError("text.sha256 is of a language model's file, and text.model words has none")
         tuned = [("filterllm.lora", self.filterllm.lora), ("allmrec.alignment.lora", self.allmrec.alignment.lora)]
         for name in (name for name, on in tuned if on):
             if self.text.also:

@@ -145,6 +145,8 @@ def test_cached_rows_stay_while_a_kept_night_or_part_names_their_version(tmp_pat
     done = prune.prune(lake, 60, later)
     assert done["removed"] == told["removed"] == {"text_embeddings": 1, "item_scores": 1}
     assert done["bytes"] == told["bytes"] > 500
+    runs = lake.table("runs")
+    assert runs.get_add_actions().num_rows == len(set(lake.read("runs")["refresh_date"].to_pylist())) == 2
     assert cached() == ({"mini", "words", "adapted"}, {"tonight"})
 
 

@@ -30,6 +30,7 @@ def test_every_file_of_conf_loads_and_begins_with_its_command(path: Path) -> Non
         ("sampling.q=3", "unknown key; there are k, draw"),
         ("text.also=smollm2", "expected a list"),
         ("text=words", "expected a section"),
+        ("text.also=[minilm]", "name a model twice"),
         ("refresh.scale=foo", "refresh.scale: "),
         ("refresh.users=1000", "refresh.users"),
         ("evaluate.protocol=random_item", "snapshot.split"),
