@@ -10,10 +10,10 @@ this command. It keeps
   measured), what a staged stage says that it used, and what all that is built on;
 - what was changed less than `keep_days` days ago by the clock, where no date is written.
 
-The rows of `runs` stay; they are put together into fewer files. Of the caches (`text_embeddings`, `item_scores`) it deletes what stands under a model's or a scoring's version that is not kept;
-the files go when the tables are vacuumed. The other tables are as any Delta tables: their old partitions and versions are their
-owner's (DELETE, VACUUM). A night of before these days that is run again trains, encodes and scores anew. The last line of stdout
-is JSON.
+Of the caches (`text_embeddings`, `item_scores`) it deletes what stands under a model's or a scoring's version that is not kept;
+the files go when the tables are vacuumed. The rows of `runs` stay, in fewer files. The other tables are as any Delta tables: their
+old partitions and versions are their owner's (DELETE, VACUUM). A night of before these days that is run again trains, encodes and
+scores anew. The last line of stdout is JSON.
 """
 
 from __future__ import annotations

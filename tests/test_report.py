@@ -298,3 +298,12 @@ def test_no_probability_falls_out_of_the_histogram():
     for _ in range(300):
         values = 10 ** rng.uniform(-9, 0, 7)
         assert np.histogram(values, plots.bins(values))[0].sum() == 7
+
+
+def test_a_date_that_was_measured_late_needs_nothing_staged_but_its_snapshot(tmp_path):
+    run, _ = night(tmp_path)
+    whole = report.render(run)
+    assert "stranger" in whole
+    for stage in ("cf", "filterllm_train", "refresh", "gates", "publish", "evaluate"):
+        run.staging(stage).clear()
+    assert Page(report.render(run)).text == Page(whole).text
