@@ -307,8 +307,9 @@ def test_a_date_whose_rows_were_deleted_is_begun_anew(tmp_path: Path) -> None:
 
 def test_a_snapshot_that_was_removed_is_made_again_for_recommendations(spark: Any, tmp_path: Path) -> None:
     run = _run(_lake(tmp_path, GOOD_EVENTS, GOOD_ITEMS))
-    _, out = _snapshot(run)
-    out.complete({})
+    facts, out = _snapshot(run)
+    out.complete(facts)
+    run.record("snapshot", facts, 1.0, {})
     before = allmrec_night.read(out)
     row = {"conf_hash": run.conf_hash, "code_version": code_version()}
     asking = replace(run, run_id=f"{DAY:%Y%m%d}-{1:012x}")
@@ -323,3 +324,9 @@ def test_a_snapshot_that_was_removed_is_made_again_for_recommendations(spark: An
     other = replace(asking, settings=run.settings.model_copy(update={"seed": 8}))
     with pytest.raises(recommend.RecommendError, match=f"snapshot of the night {run.run_id} is gone"):
         recommend.night_snapshot(other, run, row)
+    # A table that was made anew has versions of its own.
+    asking.staging("snapshot").clear()
+    shutil.rmtree(tmp_path / "interactions")
+    write_deltalake(str(tmp_path / "interactions"), _events([("u0", "a", BEFORE, 1.0)]))
+    with pytest.raises(recommend.RecommendError, match="is another one: an input table was made anew"):
+        recommend.night_snapshot(asking, run, row)
