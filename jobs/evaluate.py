@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 from jobs import cli, truth
 from jobs.lake import Lake
 from jobs.published import NotPublishedError, Published
-from jobs.run import OUTPUTS, Run, code_version, execute, log, parse_run_date
+from jobs.run import OUTPUTS, Run, code_version, execute, has_its_inputs, log, parse_run_date
 from jobs.settings import Settings
 from jobs.staging import Staging
 from jobs.truth import Catalog, Truth
@@ -162,7 +162,8 @@ class Systems:
             )
         versions = {name: int(facts["publish"]["output_versions"][name]) for name in OUTPUTS}
         space = facts["publish"]["space_version"]
-        tables = Published(run.run_id, run.run_date, run.sequence, versions, space, run.lake)
+        rows = facts["publish"].get("rows", {})
+        tables = Published(run.run_id, run.run_date, run.sequence, versions, rows, space, run.lake)
         return cls(run, catalog, tables.user_embeddings(), tables.item_embeddings(), facts.get("filterllm_train"))
 
     def of(self, split: str, task: Task) -> Iterator[tuple[str, Scorer]]:
@@ -254,7 +255,8 @@ def published_run(settings: Settings, run_date: date) -> Run:
     """The latest run of `run_date` that published, with the given settings and its snapshot staged.
 
     Raises:
-        NotPublishedError: there is none, or its snapshot is gone and would be another one with these settings or this code.
+        NotPublishedError: there is none, or its snapshot is gone and would be another one: with these settings, this code, or the
+            input tables as they are.
     """
     from jobs import snapshot
 
@@ -265,7 +267,6 @@ def published_run(settings: Settings, run_date: date) -> Run:
         )
     pinned = json.loads(latest["input_versions"])
     run = Run(settings, run_date, latest["run_id"], latest["sequence"], pinned, latest["conf_hash"])
-    recorded = run.recorded().get("snapshot", {})
     if (latest["conf_hash"], latest["code_version"]) != (settings.digest(), code_version()):
         if not run.staging("snapshot").is_complete():
             raise NotPublishedError(
@@ -276,13 +277,12 @@ def published_run(settings: Settings, run_date: date) -> Run:
             f"note: run {run.run_id} was made with other settings or code than these; its own data is evaluated with these"
         )
     # Its staged files may have been removed since: the snapshot is made again from the versions that the run pinned.
-    made = execute(run, "snapshot", snapshot.run)
-    if any(made.get(name) != recorded.get(name) for name in ("training_digest", "items_digest")):
-        run.staging("snapshot").clear()
+    if not run.staging("snapshot").is_complete() and not has_its_inputs(run):
         raise NotPublishedError(
-            f"the staged snapshot of run {run.run_id} is gone (keep_runs), and made again from the versions that it pinned it is "
-            "another one: an input table was made anew since. This date cannot be measured any more"
+            f"the staged snapshot of run {run.run_id} is gone (keep_runs), and it cannot be made again: an input table was "
+            f"made anew since, or has no longer the version that the run pinned ({run.input_versions})"
         )
+    execute(run, "snapshot", snapshot.run)
     return run
 
 

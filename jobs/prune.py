@@ -26,6 +26,7 @@ from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 import pyarrow as pa
+from deltalake.exceptions import CommitFailedError
 from pyarrow import fs
 
 from jobs import cli
@@ -97,7 +98,10 @@ def prune(lake: Lake, keep_days: int, now: datetime, *, dry_run: bool = False) -
         summary["removed"][kind] = summary["removed"].get(kind, 0) + 1
         summary["bytes"] += size
     if not dry_run:  # eleven files a night, which every reader reads
-        lake.table("runs").optimize.compact()
+        try:
+            lake.table("runs").optimize.compact()
+        except CommitFailedError:
+            log("another writer changed `runs`: its files are put together next time")
     log(
         f"{sum(summary['removed'].values())} parts, {summary['bytes'] / 2**20:.1f} MiB; kept is what nights since {since} need"
     )

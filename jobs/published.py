@@ -34,12 +34,14 @@ class NotPublishedError(ColdRefreshError):
 
 @dataclass(frozen=True)
 class Published:
-    """One complete night. `versions`: output table -> Delta version; later nights do not change what is read here."""
+    """One complete night. `versions`: output table -> Delta version, rows: how many it has; later nights do not change what is read
+    here."""
 
     run_id: str
     refresh_date: date
     sequence: int
     versions: dict[str, int]
+    rows: dict[str, int]
     space_version: str
     lake: Lake = field(repr=False)
 
@@ -53,14 +55,19 @@ class Published:
                     f"table '{name}' version {version} holds rows of {self.refresh_date} with {column} {others[:3]}, and "
                     f"`runs` says {expected!r}: they were replaced; publish the night again"
                 )
+        if table.num_rows != (published := self.rows.get(name, table.num_rows)):
+            raise NotPublishedError(
+                f"table '{name}' holds {table.num_rows} rows of {self.refresh_date}, and {published} were published: they were "
+                "deleted or replaced; publish the night again"
+            )
         return table
 
     def sampled_interactions(self) -> pa.Table:
         """The users of the cold items (schemas/sampled_interactions.yaml), by item and rank; no rows if none was cold.
 
         Raises:
-            NotPublishedError: its rows are not of this run and space.
-            jobs.lake.LakeError: the rows are gone (deleted and vacuumed).
+            NotPublishedError: its rows are gone (deleted and vacuumed), or not of this run and space.
+            jobs.lake.LakeError: the table cannot be read.
         """
         return self._read("sampled_interactions").sort_by([("item_id", "ascending"), ("rank", "ascending")])
 
@@ -93,8 +100,11 @@ def latest(lake: Lake, on_or_before: date | None = None) -> Published:
     absent = sorted(set(OUTPUTS) - set(versions))
     if absent:
         raise NotPublishedError(f"run {row['run_id']} names no version of {absent} in `runs`: publish the night again")
-    space = json.loads(row["counts"])["space_version"]
-    return Published(row["run_id"], row["refresh_date"], row["sequence"], versions, space, lake)
+    counts = json.loads(row["counts"])
+    rows_of = counts.get("rows", {})
+    return Published(
+        row["run_id"], row["refresh_date"], row["sequence"], versions, rows_of, counts["space_version"], lake
+    )
 
 
 def previous(lake: Lake, before: date) -> Published | None:

@@ -44,7 +44,7 @@ from jobs.lake import Lake
 from jobs.published import NotPublishedError, Published
 from jobs.recommend_shards import TABLE, Work
 from jobs.recommend_users import Users
-from jobs.run import Run, code_version, execute, log, parse_run_date
+from jobs.run import Run, code_version, execute, has_its_inputs, log, parse_run_date
 from jobs.settings import Settings
 from jobs.staging import Staging
 from schemas.errors import ColdRefreshError
@@ -229,15 +229,15 @@ def night_snapshot(run: Run, before: Run, row: dict[str, Any]) -> Staging:
             f"the staged snapshot of the night {before.run_id} is gone (keep_runs), and to make it again its own settings "
             f"and code are needed: name the --conf and --set of that night (code {row['code_version']}), or run the night again"
         )
+    if not has_its_inputs(before):
+        raise RecommendError(
+            f"the staged snapshot of the night {before.run_id} is gone (keep_runs), and it cannot be made again: an input table "
+            f"was made anew since, or has no longer the version that the night pinned ({before.input_versions}). Name a later night"
+        )
     log(f"[recommend] the staged snapshot of {before.run_id} is gone: made again from {run.input_versions}")
     from jobs import snapshot  # Spark: only where it is needed
 
-    made, recorded = execute(run, "snapshot", snapshot.run), before.recorded().get("snapshot", {})
-    if any(made.get(name) != recorded.get(name) for name in ("training_digest", "items_digest")):
-        raise RecommendError(
-            f"the snapshot of the night {before.run_id} made again is another one: an input table was made anew since. Name a "
-            "later night"
-        )
+    execute(run, "snapshot", snapshot.run)
     return run.staging("snapshot")
 
 

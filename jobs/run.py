@@ -206,6 +206,13 @@ def _pinned(run: Run) -> bool:
     return pins == run.table_ids
 
 
+def has_its_inputs(run: Run) -> bool:
+    """The versions that the run pinned when it was opened are still there, in the same tables: its snapshot can be made again."""
+    rows = run.lake.read("runs", refresh_date=run.run_date).to_pylist()
+    opened = [r for r in rows if r["run_id"] == run.run_id and r["stage"] in (_opening(False), _opening(True))]
+    return any(_pinned(replace(run, table_ids=json.loads(row["counts"])["table_ids"])) for row in opened)
+
+
 def begun_run(settings: Settings, run_date: date, *, training: bool = False) -> Run:
     """The newest run of `run_date`, whatever has become of its input tables since: what a single later stage belongs to.
 

@@ -186,7 +186,9 @@ class Refresh(_Section):
 class Gates(_Section):
     norm_low: float = Field(0.02, gt=0, description="a vector's norm, at least, as a share of the warm items' median")
     norm_high: float = Field(10.0, gt=0)
-    norm_mostly: float = Field(0.99, gt=0, le=1, description="share of the vectors that must lie within the band")
+    norm_mostly: float = Field(
+        0.99, gt=0, le=1, description="share within the band: of all vectors, and of those whose source is not cf"
+    )
     procrustes_residual: float = Field(0.9, gt=0, description="relative, of a new space to the one before")
     rejected_share: float = Field(0.5, gt=0, le=1, description="rejected rows of an input, at most")
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import ErrorDetails
@@ -29,14 +30,15 @@ def told(error: ErrorDetails, settings: type[Section]) -> str:
     """Where in the settings it is, and what is wrong, for who knows YAML and not pydantic."""
     section: type[Section] | None = settings
     place: list[str] = []
+    kind: Any = None
     for part in error["loc"]:
-        if section is None and isinstance(part, str) and error["type"] != "extra_forbidden":
+        if section is None and get_origin(kind) in (Union, UnionType):
             break  # of a value that may be this or that ("auto" or a number) pydantic names each
         place.append(str(part))
-        fields = section.model_fields if section else {}
-        if part in fields:
-            kind = fields[str(part)].annotation
-            section = kind if isinstance(kind, type) and issubclass(kind, Section) else None
+        if section is not None and part in section.model_fields:
+            kind = section.model_fields[str(part)].annotation
+            sections = (one for one in (kind, *get_args(kind)) if isinstance(one, type) and issubclass(one, Section))
+            section = next(sections, None)
     says = error["msg"]
     if error["type"] == "extra_forbidden":
         says = "unknown key" + (f"; there are {', '.join(section.model_fields)}" if section else "")

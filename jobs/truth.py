@@ -152,7 +152,7 @@ def _temporal(run: Run, catalog: Catalog, spark: SparkSession, version: int, who
     if whole:
         last_day = until - timedelta(days=1)
         if known.where(F.col("event_time") >= F.lit(last_day)).isEmpty():
-            note = f"measured when the events of up to {last_day.date()} are known (jobs.evaluate), which are still to come"
+            note = f"measured when events of {last_day.date()} are known; now, with those that are: jobs.evaluate --run-date"
             return Truth(
                 {}, {"protocol": "temporal", "from": str(run.run_date), "until": str(until.date()), "note": note}
             )

@@ -130,7 +130,7 @@ def test_a_night_without_truth_says_so_and_writes_nothing(night, capsys):
     run = night[0]
     facts = execute(run, "evaluate", evaluate.run)
     assert facts["metrics"] == 0
-    assert "still to come" in facts["note"]
+    assert "measured when events of 2026-03-09 are known" in facts["note"]
     assert facts["note"] in capsys.readouterr().err
     assert run.lake.read("metrics", refresh_date=run.run_date).num_rows == 0
 

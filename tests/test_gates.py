@@ -223,9 +223,7 @@ def test_the_band_of_norms_is_a_setting_and_some_may_lie_outside(lake: Path) -> 
     with pytest.raises(GateError, match="2 of 26 rows fail"):
         gates.run(run, run.staging("gates"))
     night.stage(run, breaks={ITEMS: long[2]})
-    with pytest.raises(
-        GateError, match=r"vectors that no training made.*1 of"
-    ):  # of 6, whom the warm ones do not outvote
+    with pytest.raises(GateError, match=r"whose source is not cf.*1 of"):  # of 6, whom the warm ones do not outvote
         gates.run(run, run.staging("gates"))
 
 

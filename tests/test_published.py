@@ -110,3 +110,15 @@ def test_the_command_names_what_is_missing(tmp_path: Path, capsys: pytest.Captur
     assert "is no date" in capsys.readouterr().err
     assert published.main(["--lake", str(tmp_path), "--top", "3"]) == 0
     assert json.loads(capsys.readouterr().out)["user_id"] == "user-00"
+
+
+def test_a_night_whose_rows_were_deleted_and_vacuumed_is_no_empty_night(tmp_path: Path) -> None:
+    run = gated(tmp_path)
+    execute(run, "publish", publish.run)
+    reader = published.latest(run.lake)
+    table = run.lake.table("item_embeddings")
+    table.delete()
+    assert reader.item_embeddings().num_rows == 26  # as of its version
+    table.vacuum(0, dry_run=False, enforce_retention_duration=False)
+    with pytest.raises(published.NotPublishedError, match="holds 0 rows of 2026-03-01, and 26 were published"):
+        reader.item_embeddings()

@@ -328,5 +328,5 @@ def test_a_snapshot_that_was_removed_is_made_again_for_recommendations(spark: An
     asking.staging("snapshot").clear()
     shutil.rmtree(tmp_path / "interactions")
     write_deltalake(str(tmp_path / "interactions"), _events([("u0", "a", BEFORE, 1.0)]))
-    with pytest.raises(recommend.RecommendError, match="is another one: an input table was made anew"):
+    with pytest.raises(recommend.RecommendError, match="cannot be made again: an input table was made"):
         recommend.night_snapshot(asking, run, row)

@@ -26,6 +26,7 @@ from jobs.benchmark.table import mean_and_spread, table
 from jobs.run import log, parse_run_date
 
 _SPLITS = ("overall", "cold", "warm")
+_BASELINES = 2  # raise it when a baseline is computed in another way: kept results are not those any more
 _FLOORS = ("random", "popularity", "text_knn")
 
 
@@ -78,7 +79,8 @@ def _row(row: Row, data: DataSet, lake: str, args: argparse.Namespace, work: Pat
             return {"seed": seed, **parts, "seconds": round(time.perf_counter() - begun, 1)}
 
         digest = conf.load(data.conf, [*given, f"seed={seed}"]).digest()  # defaults included
-        found.append(Kept(work / "results" / data.name, f"{row.name}-{data.run_date}-{seed}-{digest}").once(make))
+        name = f"{row.name}-{data.run_date}-{seed}-{digest}" + (f"-{_BASELINES}" if row.name in BASELINES else "")
+        found.append(Kept(work / "results" / data.name, name).once(make))
         log(f"[benchmark] {data.name}, {row.name}, seed {seed}: {_brief(found[-1])}")
     return found
 
