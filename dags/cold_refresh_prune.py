@@ -26,12 +26,7 @@ from airflow.sdk import CronDataIntervalTimetable, Param, dag, task
         "execution_timeout": timedelta(hours=2),
     },
     params={
-        "keep_days": Param(
-            70,
-            type="integer",
-            minimum=1,
-            description="days before the newest published night",
-        ),
+        "keep_days": Param(70, type="integer", minimum=1, description="days before the newest published night"),
         "lake": Param(None, type=["null", "string"], description="of this lake; COLD_REFRESH_LAKE by default"),
     },
     tags=["cold-refresh"],
