@@ -24,8 +24,8 @@ from jobs.run import OUTPUTS, log, parse_run_date
 from schemas.errors import ColdRefreshError
 from udfs.vectors import from_column
 
-# Sources of a vector that no interaction gave.
-_BY_TEXT = ("sampled", "llminit", "allmrec")
+# Sources of the vectors of items whose interactions, if they have any, do not place them yet.
+_COLD = ("sampled", "llminit", "allmrec")
 
 
 class NotPublishedError(ColdRefreshError):
@@ -156,7 +156,7 @@ def recommend(published: Published, user_id: str | None, top: int, *, use_index:
         },
         "user_id": user["user_id"][0].as_py(),
         "items": [
-            {"item_id": item, "score": round(score, 6), "cold": source[item] in _BY_TEXT, "source": source[item]}
+            {"item_id": item, "score": round(score, 6), "cold": source[item] in _COLD, "source": source[item]}
             for item, score in best
         ],
     }
