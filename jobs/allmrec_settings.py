@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from jobs.settings_section import Lora, Section
 
@@ -49,6 +49,12 @@ class AllmrecAlignment(Lora):
     stop_by: Literal["text", "loss"] = Field(
         "text", description="text: by NDCG@10 of the held-out items' decoded texts"
     )
+
+    @model_validator(mode="after")
+    def _learns(self) -> AllmrecAlignment:
+        if self.match == "none" and not (self.alpha or self.beta or self.recommendation or self.text_recommendation):
+            raise ValueError("no loss is left: set match, alpha, beta, recommendation or text_recommendation")
+        return self
 
 
 class AllmrecReader(Section):

@@ -30,6 +30,7 @@ def test_every_file_of_conf_loads_and_begins_with_its_command(path: Path) -> Non
         ("sampling.q=3", "unknown key; there are k, draw"),
         ("text.also=smollm2", "expected a list"),
         ("text=words", "expected a section"),
+        ("allmrec.alignment={match: none, alpha: 0, beta: 0, recommendation: 0}", "no loss is left"),
         ("text.also=[minilm]", "name a model twice"),
         ("refresh.scale=foo", "refresh.scale: "),
         ("refresh.users=1000", "refresh.users"),
