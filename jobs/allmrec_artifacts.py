@@ -22,7 +22,7 @@ from jobs import cf, training_workers
 from jobs.run import Run, log
 from jobs.staging import Staging
 from udfs import allmrec_examples
-from udfs.filterllm_checkpoint import Checkpoints
+from udfs.checkpoints import Checkpoints
 from udfs.worker_group import Group
 
 FILES = ("model.safetensors", "config.json")

@@ -10,11 +10,11 @@ import pyarrow as pa
 
 from jobs import allmrec_artifacts, cf
 from jobs.allmrec_artifacts import Training
-from jobs.allmrec_night import Mask, Night, place, prefixes, renumbered
+from jobs.allmrec_night import Mask, Night, prefixes, renumbered
 from jobs.cf import Space
 from jobs.run import Run
 from udfs import backbone, ncf, sampled_ranking, sequence_training
-from udfs.fold_in import fold_in
+from udfs.ids import place, take
 from udfs.sequences import PADDING, Ints, Sequences, Split
 from udfs.vectors import Matrix
 
@@ -56,27 +56,18 @@ class SpaceSide:
         """`vectors`: users and items -> their ids and vectors, such as those that a night published."""
         self._night, self._space, self.version = night, space, space.version
         given = vectors or {"users": (space.user_ids, space.users), "items": (space.item_ids, space.items)}
-        self._users, self.users_known = _rows(night.user_ids, *given["users"])
-        self.items, self.known = _rows(night.item_ids, *given["items"])
+        self._users, self.users_known = take(night.user_ids, *given["users"])
+        self.items, self.known = take(night.item_ids, *given["items"])
         self._in_space = place(night.item_ids, space.item_ids)
 
     def users(self, rows: Ints) -> Matrix:
         return self._users[rows]
 
     def before(self, rows: Ints, lengths: Ints) -> Matrix:
-        facts = self._space.facts
         histories, at = prefixes(self._night.histories, rows, lengths)
         mapped, kept = renumbered(histories, self._in_space)
-        weights = cf.pair_weights(self._night.weights[at][kept], facts["binary"])
-        return fold_in(
-            self._space.items,
-            mapped.indptr,
-            mapped.items,
-            weights,
-            alpha=facts["alpha"],
-            regularization=facts["regularization"],
-            scale=facts["user_scale"],
-        )
+        weights = cf.pair_weights(self._night.weights[at][kept], self._space.facts["binary"])
+        return self._space.fold_in(self._space.items, (mapped.indptr, mapped.items, weights), "user_scale")
 
     def learnt(self, rows: Ints, lengths: Ints) -> Matrix:
         return self._users[rows]
@@ -176,11 +167,3 @@ def _split(histories: Sequences) -> Split:
     validation[held] = histories.items[last[held]]
     train, _ = prefixes(histories, np.arange(len(histories)), histories.lengths - held)
     return Split(train, validation, np.full(len(histories), PADDING, np.int64))
-
-
-def _rows(ids: pa.Array, of: list[str], vectors: Matrix) -> tuple[Matrix, Mask]:
-    """[len(ids), d] from the vectors of the ids `of`, zero where there is none; and where there is one."""
-    at = place(ids, of)
-    found = np.zeros((len(ids), vectors.shape[1]), np.float32)
-    found[at >= 0] = vectors[at[at >= 0]]
-    return found, np.asarray(at >= 0)

@@ -74,12 +74,6 @@ def read(snapshot: Staging) -> Night:
     )
 
 
-def place(ids: pa.Array, among: list[str] | pa.Array) -> Ints:
-    """Where each of `ids` is in `among`; -1 for nowhere."""
-    found = pc.index_in(ids, value_set=pa.array(among, pa.string()))
-    return pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64)
-
-
 def prefixes(histories: Sequences, rows: Ints, lengths: Ints) -> tuple[Sequences, Ints]:
     """The first `lengths` items of the histories `rows`, and where each of them is in `histories.items`."""
     indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

@@ -26,6 +26,7 @@ from jobs.spark_session import session, spark_path
 from jobs.staging import Staging
 from udfs import cf_model, fold_in, procrustes
 from udfs.cf_inputs import CfError, CfParams, Pairs
+from udfs.ids import take
 from udfs.llm_init import TextMap
 from udfs.vectors import Matrix, from_column, to_column
 
@@ -298,9 +299,9 @@ def _alignment(
         (user_ids, users, earlier.user_ids, earlier.users),
         (item_ids, items, earlier.item_ids, earlier.items),
     ):
-        place = pc.fill_null(pc.index_in(ids, value_set=pa.array(old_ids, pa.string())), -1).to_numpy()
-        new.append(vectors[place >= 0])
-        old.append(old_vectors[place[place >= 0]])
+        there, known = take(ids, old_ids, old_vectors)
+        new.append(vectors[known])
+        old.append(there[known])
     if not sum(map(len, new)):
         log(f"[cf] no user and no item of space {earlier.version} is left: not aligned to it")
         return np.eye(users.shape[1]), None

@@ -11,7 +11,6 @@ use them. The last line of stdout is a summary in JSON.
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 import time
 from datetime import date, timedelta
@@ -23,11 +22,6 @@ from jobs.settings import Settings, SettingsError
 from jobs.staging import Staging
 
 _LATE_DAYS = 7  # how long a date that is due can still be measured with its own snapshot
-
-
-def _execute(run: Run, name: str) -> dict[str, Any]:
-    # A stage's engine is imported when the stage runs: a task that needs no Spark starts none.
-    return execute(run, name, importlib.import_module(f"jobs.{name}").run)
 
 
 def refresh(settings: Settings, run_date: date, stage: str | None = None, *, training: bool = False) -> dict[str, Any]:
@@ -62,7 +56,7 @@ def refresh(settings: Settings, run_date: date, stage: str | None = None, *, tra
                 continue
             if not run.staging(name).is_complete():
                 computed.append(name)
-            done[name] = _execute(run, name)
+            done[name] = execute(run, name)
     if STAGES[-1] in done:
         prune(run)
     elif training and stages[-1] in done:

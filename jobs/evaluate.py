@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from jobs import cli, truth
 from jobs.lake import Lake
@@ -32,11 +31,12 @@ from schemas.errors import ColdRefreshError
 from schemas.table import table as schema
 from udfs import floors
 from udfs.fold_in import to_csr
+from udfs.ids import place, take
 from udfs.ranking_metrics import Scorer, Task, bootstrap, per_user
 from udfs.reliability import Reliability, reliability
 from udfs.scorers import distribution_scorer, dot_scorer
 from udfs.tfidf import tfidf
-from udfs.vectors import Matrix, from_column
+from udfs.vectors import from_column
 
 #: In `metrics`, the split under which the reliability curve stands: mean p and mean q of each bin, and their error.
 RELIABILITY = "reliability"
@@ -135,8 +135,8 @@ class Systems:
             ColdRefreshError: users and items differ in their dimensions.
         """
         self.run, self.catalog, self.trained = run, catalog, trained or {}
-        self.users, self.users_known = _vectors(users, "user_id", catalog.user_ids)
-        self.items, self.items_known = _vectors(items, "item_id", catalog.item_ids)
+        self.users, self.users_known = take(catalog.user_ids, users["user_id"], from_column(users["embedding"]))
+        self.items, self.items_known = take(catalog.item_ids, items["item_id"], from_column(items["embedding"]))
         if self.users.shape[1] != self.items.shape[1]:
             raise ColdRefreshError(
                 f"run {run.run_id}: user_embeddings have {self.users.shape[1]} dimensions and item_embeddings "
@@ -185,7 +185,8 @@ class Systems:
         model = load_model(self.run, self.trained["model_version"])
         artifact = self.run.artifact("models", self.trained["model_version"])
         keys, bias = model.keys()
-        at, known = _positions(self.catalog.user_ids, artifact.read("users")["user_id"])
+        at = place(self.catalog.user_ids, artifact.read("users")["user_id"])
+        known = at >= 0
         with_text = [i for i, item in enumerate(task.candidates) if self.catalog.text_sha256[item]]
         shas = [str(self.catalog.text_sha256[item]) for item in task.candidates[with_text]]
         queries = np.full((len(task.candidates), keys.shape[1]), np.nan, np.float32)
@@ -219,23 +220,6 @@ class Systems:
         return reliability(queries[chosen], keys[known], None if bias is None else bias[known], indptr, numbers)
 
 
-def _vectors(table: pa.Table, key: str, ids: list[str]) -> tuple[Matrix, np.ndarray]:
-    """The vectors [n, d] of `ids`, zeros where there is none, and which there are [n]."""
-    vectors = from_column(table["embedding"])
-    at, known = _positions(ids, table[key])
-    found = np.zeros((len(ids), vectors.shape[1]), np.float32)
-    found[known] = vectors[at[known]]
-    return found, known
-
-
-def _positions(ids: list[str], among: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each id is in `among` (0 where it is not), and whether it is there."""
-    found = pc.index_in(pa.array(ids, pa.string()), among.combine_chunks())
-    return pc.fill_null(found, 0).to_numpy(zero_copy_only=False).astype(np.int64), pc.is_valid(found).to_numpy(
-        zero_copy_only=False
-    )
-
-
 def again(settings: Settings, run_date: date) -> dict[str, Any]:
     """Evaluate what `run_date` published with the truth as the tables are now.
 
@@ -258,7 +242,6 @@ def published_run(settings: Settings, run_date: date) -> Run:
         NotPublishedError: there is none, or its snapshot is gone and would be another one: with these settings, this code, or the
             input tables as they are.
     """
-    from jobs import snapshot
 
     latest = _published_row(settings, run_date)
     if latest is None:
@@ -282,7 +265,7 @@ def published_run(settings: Settings, run_date: date) -> Run:
             f"the staged snapshot of run {run.run_id} is gone (keep_runs), and it cannot be made again: an input table was "
             f"made anew since, or has no longer the version that the run pinned ({run.input_versions})"
         )
-    execute(run, "snapshot", snapshot.run)
+    execute(run, "snapshot")
     return run
 
 

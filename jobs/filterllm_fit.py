@@ -17,10 +17,11 @@ import torch
 from jobs import adapted_texts, cf, text_embeddings
 from jobs.run import Run
 from udfs import filterllm, filterllm_training, lora, word_map
+from udfs.checkpoints import Checkpoints
 from udfs.filterllm import FilterLLM, FilterLLMError
-from udfs.filterllm_checkpoint import Checkpoints
 from udfs.filterllm_items import held_out
 from udfs.filterllm_training import FrozenTexts, Items, Options
+from udfs.ids import place
 from udfs.worker_group import Group
 
 
@@ -120,8 +121,8 @@ def trainable(run: Run, space: cf.Space) -> tuple[Items, list[str], list[str]]:
     pairs = snapshot.read("training_interactions", ["user_idx", "item_idx"]).sort_by(
         [("item_idx", "ascending"), ("user_idx", "ascending")]
     )
-    row_of_user = _place(users["user_id"], space.user_ids)
-    row_of_item = _place(items["item_id"], space.item_ids)
+    row_of_user = place(users["user_id"], space.user_ids)
+    row_of_item = place(items["item_id"], space.item_ids)
     user, item = row_of_user[pairs["user_idx"].to_numpy()], pairs["item_idx"].to_numpy()
     warm, with_text = pc.equal(items["label"], "warm").to_numpy(), pc.is_valid(items["text_sha256"]).to_numpy()
     counts = np.bincount(item[user >= 0], minlength=items.num_rows)
@@ -138,8 +139,3 @@ def trainable(run: Run, space: cf.Space) -> tuple[Items, list[str], list[str]]:
     targets = user[(user >= 0) & usable[item]].astype(np.int64)
     found = Items(chosen["item_id"].to_pylist(), space.items[row_of_item[kept]], indptr, targets)
     return found, chosen["text_sha256"].to_pylist(), chosen["content"].to_pylist()
-
-
-def _place(ids: pa.ChunkedArray, among: list[str]) -> np.ndarray:
-    """Where each id is in `among`, -1 where it is not."""
-    return pc.fill_null(pc.index_in(ids, value_set=pa.array(among, pa.string())), -1).to_numpy()

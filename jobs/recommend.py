@@ -50,6 +50,7 @@ from jobs.staging import Staging
 from schemas.errors import ColdRefreshError
 from udfs import gate_views
 from udfs.filesystems import located
+from udfs.ids import place
 from udfs.vectors import from_column
 
 STAGE = "recommend"
@@ -235,14 +236,12 @@ def night_snapshot(run: Run, before: Run, row: dict[str, Any]) -> Staging:
             f"was made anew since, or has no longer the version that the night pinned ({before.input_versions}). Name a later night"
         )
     log(f"[recommend] the staged snapshot of {before.run_id} is gone: made again from {run.input_versions}")
-    from jobs import snapshot  # Spark: only where it is needed
-
-    execute(run, "snapshot", snapshot.run)
+    execute(run, "snapshot")
     return run.staging("snapshot")
 
 
 def _numbers(night: allmrec_night.Night, rows: pa.Table) -> np.ndarray:
-    return allmrec_night.place(rows["item_id"].combine_chunks(), night.item_ids)
+    return place(rows["item_id"], night.item_ids)
 
 
 def _gate(

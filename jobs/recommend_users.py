@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from jobs.allmrec_night import Mask, Night, place
+from jobs.allmrec_night import Mask, Night
 from jobs.item_index import ItemIndex
 from udfs.allmrec_actor import NOBODY
+from udfs.ids import place
 from udfs.sequences import Ints
 from udfs.vectors import Matrix
 
@@ -31,7 +32,7 @@ class Nearest:
 
     def __init__(self, index: ItemIndex, night: Night) -> None:
         self._index = index
-        of_item = place(pa.array(index.item_ids, pa.string()), night.item_ids)
+        of_item = place(index.item_ids, night.item_ids)
         self._number = dict(zip(index.item_ids, of_item.tolist(), strict=True))
 
     def __call__(self, vector: Matrix, had: Ints, spoken: Mask, most: int) -> list[tuple[int, float]]:
@@ -66,8 +67,8 @@ def choose(
     times = Counter(asked)
     ids = sorted(times)
     rejected = [(name, "duplicate", "asked for more than once", times[name] - 1) for name in ids if times[name] > 1]
-    number = place(pa.array(ids, pa.string()), night.user_ids)
-    row = place(pa.array(ids, pa.string()), vectors[0])
+    number = place(ids, night.user_ids)
+    row = place(ids, vectors[0])
     histories = night.histories
     users, candidates, retrieval = [], [], []
     for at, name in enumerate(ids):

@@ -35,6 +35,7 @@ from schemas.table import table as schema
 from udfs.blend import Blend
 from udfs.cf_inputs import Pairs
 from udfs.fold_in import gram, to_csr
+from udfs.ids import place
 from udfs.vectors import Matrix, from_column, to_column
 from udfs.word_map import WordMap
 
@@ -108,8 +109,8 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
         real = _real_pairs(night, space.facts["binary"], np.zeros(len(night.user_ids), bool), _sampled_items(night))
         extra = _without(night.sampled.pairs, real, len(night.user_ids))
         space = cf.load_space(run, cf.train(run, out, align_to=space.version, sampled=extra))
-    in_space = _place(night.user_ids, space.user_ids)
-    items_in_space = _place(night.item_ids, space.item_ids)
+    in_space = place(night.user_ids, space.user_ids)
+    items_in_space = place(night.item_ids, space.item_ids)
     needs = items_in_space < 0
     real = _real_pairs(night, space.facts["binary"], in_space < 0, needs if retrain else needs | _sampled_items(night))
     users = _users(space, in_space, items_in_space, real)
@@ -138,12 +139,6 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
         "space_version": space.version,
         **{name: space.facts[name] for name in ("dimension", "aligned_to", "residual")},
     }
-
-
-def _place(ids: pa.Array, among: list[str]) -> Rows:
-    """Where each of `ids` is in `among`; -1 for nowhere."""
-    found = pc.index_in(ids, value_set=pa.array(among, pa.string()))
-    return pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def _night(run: Run) -> _Night:
@@ -272,11 +267,11 @@ def _carry_over(night: _Night, space: Space, found: _Items) -> None:
     if before is None or before.space_version != space.version:
         return
     table = before.item_embeddings()
-    place = _place(night.item_ids, table["item_id"].to_pylist())
-    rows = np.flatnonzero(wanted & (place >= 0))
+    at = place(night.item_ids, table["item_id"])
+    rows = np.flatnonzero(wanted & (at >= 0))
     if not len(rows):
         return
-    table = table.take(pa.array(place[rows]))
+    table = table.take(pa.array(at[rows]))
     updated_at = np.array(table["updated_at"].to_pylist(), object)
     found.put(rows, from_column(table["embedding"]), "carried_over", table["interactions"].to_numpy(), updated_at)
 

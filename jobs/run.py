@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
+from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
@@ -270,8 +271,8 @@ def open_run(settings: Settings, run_date: date, *, training: bool = False) -> R
 Stage = Callable[[Run, Staging], dict[str, Any]]
 
 
-def execute(run: Run, name: str, stage: Stage) -> dict[str, Any]:
-    """Run a stage unless it is complete; its facts either way.
+def execute(run: Run, name: str, stage: Stage | None = None) -> dict[str, Any]:
+    """Run a stage (`jobs.<name>.run` if none is given) unless it is complete; its facts either way.
 
     A stage is `run(run, out) -> facts`: it leaves its tables in `out`, and its facts (JSON: row counts, versions, ...)
     go into the manifest and into `runs`.
@@ -285,7 +286,8 @@ def execute(run: Run, name: str, stage: Stage) -> dict[str, Any]:
         out.clear()
         begun = time.perf_counter()
         try:
-            facts = stage(run, out)
+            # Its engine is imported when it runs: a process that needs no Spark starts none.
+            facts = (stage or import_module(f"jobs.{name}").run)(run, out)
         except ContractError as error:
             out.refuse(str(error))
             raise

@@ -20,6 +20,7 @@ from jobs.run import Run, log
 from udfs.blend import Blend, measured
 from udfs.cf_inputs import Pairs
 from udfs.fold_in import gram, to_csr
+from udfs.ids import place
 from udfs.vectors import Matrix
 from udfs.word_map import WordMap
 
@@ -44,10 +45,7 @@ def read(run: Run, name: str, user_ids: pa.Array, item_ids: pa.Array) -> Sampled
     rows = run.staging("filterllm_score").read(name)
     rows = rows.filter(pc.and_(pc.is_in(rows["user_id"], user_ids), pc.is_in(rows["item_id"], item_ids)))
     rows = rows.sort_by([("item_id", "ascending"), ("rank", "ascending")])
-    user, item = (
-        pc.index_in(rows[column], value_set=ids).to_numpy().astype(np.int64)
-        for column, ids in (("user_id", user_ids), ("item_id", item_ids))
-    )
+    user, item = place(rows["user_id"], user_ids), place(rows["item_id"], item_ids)
     weights = np.ones(len(user))
     if settings.by_probability and len(user):
         # Relative to the item's first row, which is its most probable one.

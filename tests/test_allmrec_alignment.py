@@ -14,7 +14,7 @@ from udfs import lora
 from udfs.allmrec_alignment import Config, Weights, losses, random_joint, total
 from udfs.allmrec_alignment_training import Options, train, vectors
 from udfs.allmrec_examples import AllmrecError, Examples
-from udfs.filterllm_checkpoint import CheckpointError, Checkpoints
+from udfs.checkpoints import CheckpointError, Checkpoints
 from udfs.filterllm_items import FrozenTexts
 from udfs.model_files import find_model
 from udfs.sequences import Sequences

@@ -20,7 +20,7 @@ from udfs.allmrec_examples import AllmrecError, Examples
 from udfs.allmrec_prompt import DOMAINS, PromptOptions, Prompts
 from udfs.allmrec_reader import Catalogue, Reader
 from udfs.allmrec_reader_training import Options, train
-from udfs.filterllm_checkpoint import CheckpointError, Checkpoints
+from udfs.checkpoints import CheckpointError, Checkpoints
 from udfs.model_files import ModelError, find_model
 from udfs.sampled_ranking import ranks
 from udfs.sequences import Sequences

@@ -15,8 +15,8 @@ from tests.test_text_encoder import TEXTS
 from udfs import backbone, bpr, distribution_loss, lightgcn, lora, pair_training, sampled_softmax, sgcl, sgl
 from udfs.cf_inputs import CfParams
 from udfs.cf_model import fit
+from udfs.checkpoints import Checkpoints
 from udfs.filterllm import Config, FilterLLM
-from udfs.filterllm_checkpoint import Checkpoints
 from udfs.filterllm_training import FrozenTexts, initialise, train
 from udfs.judgment import Judge
 from udfs.model_files import find_model

@@ -15,7 +15,7 @@ from udfs import backbone, ncf, sequence_training
 from udfs.backbone import SEQUENCE_MODELS, MatrixBackbone
 from udfs.cf_inputs import CfError, CfParams, Pairs
 from udfs.cf_model import fit
-from udfs.filterllm_checkpoint import CheckpointError, Checkpoints
+from udfs.checkpoints import CheckpointError, Checkpoints
 from udfs.sampled_ranking import candidates, ndcg, ranks, validation
 from udfs.sequences import PADDING, Sequences, batches, leave_one_out
 

@@ -19,7 +19,7 @@ from udfs import epochs
 from udfs.allmrec_alignment import Alignment, Weights, losses, total
 from udfs.allmrec_examples import AllmrecError, Examples, identity
 from udfs.backbone import inner_products
-from udfs.filterllm_checkpoint import Checkpoints
+from udfs.checkpoints import Checkpoints
 from udfs.progress import Progress
 from udfs.sampled_ranking import ndcg, ranks
 from udfs.sequences import Ints

@@ -13,7 +13,7 @@ from udfs import epochs
 from udfs.allmrec_examples import AllmrecError, Examples, identity
 from udfs.allmrec_projections import Config, build
 from udfs.allmrec_reader import Catalogue, Reader
-from udfs.filterllm_checkpoint import Checkpoints
+from udfs.checkpoints import Checkpoints
 from udfs.progress import Progress
 from udfs.sampled_ranking import ndcg, ranks
 from udfs.sequences import Ints

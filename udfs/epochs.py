@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from udfs.cf_inputs import CfError
-from udfs.filterllm_checkpoint import Checkpoints, restore, state
+from udfs.checkpoints import Checkpoints, restore, state
 from udfs.sequences import Sequences
 
 

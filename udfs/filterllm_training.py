@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 from udfs import sampled_softmax
+from udfs.checkpoints import Checkpoints, restore, state
 from udfs.distribution_loss import guiding_loss, loss
 from udfs.filterllm import FilterLLM, FilterLLMError
-from udfs.filterllm_checkpoint import Checkpoints, restore, state
 from udfs.filterllm_items import FrozenTexts, Items, at_most, held_out
 from udfs.filterllm_validation import Validation, calibrate, measure, validation
 from udfs.progress import Progress

@@ -14,6 +14,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from udfs.ids import place
+
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
@@ -28,8 +30,7 @@ def _codes(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
 
 def known(ids: pa.Array | pa.ChunkedArray, of: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """Which of `ids` are in `of`: bool, one a row; a null is not."""
-    found = pc.index_in(ids, value_set=of, skip_nulls=True)
-    return np.asarray(pc.is_valid(found).to_numpy(zero_copy_only=False), dtype=bool)
+    return place(ids, of) >= 0
 
 
 def by_item(pairs: pa.Table, items: pa.ChunkedArray, users: pa.ChunkedArray) -> tuple[pd.DataFrame, np.ndarray]:
@@ -190,10 +191,7 @@ def recommended_by_user(rows: pa.Table, served: pa.Array, items: pa.ChunkedArray
     for name in ("user_id", "item_id", "rank", "score", "likelihood"):
         incomplete |= np.asarray(pc.is_null(rows[name]).to_numpy(), dtype=bool)
     stranger = ~known(item_ids, items)[item] if len(item_ids) else np.zeros(0, dtype=bool)
-    of_user, of_item = (
-        pc.fill_null(pc.index_in(history[name], value_set=ids), -1).to_numpy().astype(np.int64)
-        for name, ids in (("user_id", user_ids), ("item_id", item_ids))
-    )
+    of_user, of_item = place(history["user_id"], user_ids), place(history["item_id"], item_ids)
     both = (of_user >= 0) & (of_item >= 0)
     keys = user * width + item
     had = np.isin(keys, of_user[both] * width + of_item[both])

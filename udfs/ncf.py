@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from udfs import epochs
 from udfs.bpr import NegativeSampler
-from udfs.filterllm_checkpoint import Checkpoints
+from udfs.checkpoints import Checkpoints
 from udfs.sequences import Sequences
 
 

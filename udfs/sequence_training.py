@@ -18,7 +18,7 @@ from udfs import epochs
 from udfs.backbone import SequenceModel
 from udfs.bpr import NegativeSampler
 from udfs.cf_inputs import CfError
-from udfs.filterllm_checkpoint import Checkpoints
+from udfs.checkpoints import Checkpoints
 from udfs.sequences import PADDING, Sequences, batches
 
 

@@ -37,7 +37,7 @@ from udfs.allmrec_prompt import DOMAINS, PromptOptions
 from udfs.allmrec_reader import Catalogue, Reader
 from udfs.backbone import Backbone, MatrixBackbone
 from udfs.cf_inputs import CfParams, Pairs
-from udfs.filterllm_checkpoint import Checkpoints
+from udfs.checkpoints import Checkpoints
 from udfs.filterllm_items import FrozenTexts
 from udfs.hashed_words import HashedWords
 from udfs.model_files import ModelFiles, find_model

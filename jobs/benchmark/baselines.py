@@ -23,7 +23,7 @@ from jobs.run import log
 from jobs.sampled_users import ENOUGH
 from udfs.fold_in import fold_in, gram, norm_scale, to_csr
 
-_RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 10.0)
+_RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 _INTERACTIONS = (1.0, 2.0, 5.0, 15.0)
 _LENGTHS = (0.5, 1.0, 1.6, 3.0, 6.0, 10.0)
 

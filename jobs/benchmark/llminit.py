@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib
 import json
 import re
 import time
@@ -93,7 +92,7 @@ class Source:
     def _night(self, settings: conf.Settings, stages: tuple[str, ...]) -> Run:
         night = open_run(settings, self._data.run_date)
         for name in stages:
-            execute(night, name, importlib.import_module(f"jobs.{name}").run)
+            execute(night, name)
         return night
 
     def texts(self, settings: conf.Settings) -> Matrix:

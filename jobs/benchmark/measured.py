@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -72,7 +71,7 @@ def measure(data: DataSet, lake: str, seed: int, given: list[str]) -> Measured:
     settings = conf.load(data.conf, [*given, f"seed={seed}", f"lake={lake}"])
     run = open_run(settings, data.run_date)
     for name in _STAGES:
-        execute(run, name, importlib.import_module(f"jobs.{name}").run)
+        execute(run, name)
     catalog = truth.catalog(run)
     parts = {}
     for part in ("test", "val"):

@@ -10,7 +10,6 @@ it alone: what else the machine does is in the seconds. What is done is kept und
 from __future__ import annotations
 
 import argparse
-import importlib
 import shutil
 import threading
 from dataclasses import dataclass, field
@@ -68,7 +67,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def stage(settings_file: str, given: list[str], run_date: str, name: str) -> float:
     """Run one stage of the night (its lake is among the settings); its seconds. Called in a new process."""
     night = open_run(conf.load(settings_file, given), parse_run_date(run_date))
-    facts = execute(night, name, importlib.import_module(f"jobs.{name}").run)
+    facts = execute(night, name)
     return float(facts["seconds"])
 
 

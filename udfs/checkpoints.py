@@ -1,4 +1,4 @@
-"""The state of a FilterLLM training, saved every epoch: a training that was killed goes on as if it had not been.
+"""The state of a training, saved every epoch: a training that was killed goes on as if it had not been.
 
 One file (safetensors; the facts are JSON in its header) that is replaced whole, so that a kill at any moment leaves the
 state of one epoch. What is drawn at random in an epoch comes from (seed, epoch, process), so no generator's state is needed.
