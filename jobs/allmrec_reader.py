@@ -150,9 +150,7 @@ def _fit(
     training.log(f"training a reader on {len(examples)} users, in the order of {night.order}, with {conf.model}")
     reader = language_model(conf).reader(None, training.device, expected)
     values = conf.model_dump()
-    options = allmrec_reader_training.Options(
-        **{name: values[name] for name in _OPTIONS}, patience=conf.epochs, seed=seed
-    )
+    options = allmrec_reader_training.Options(**{name: values[name] for name in _OPTIONS}, seed=seed)
     found = allmrec_reader_training.train(
         reader,
         reader.catalogue(night.titles, items.joint, prompt_options(conf)),

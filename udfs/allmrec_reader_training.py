@@ -15,7 +15,6 @@ from udfs.allmrec_projections import Config, build
 from udfs.allmrec_reader import Catalogue, Reader
 from udfs.checkpoints import Checkpoints
 from udfs.progress import Progress
-from udfs.sampled_ranking import ndcg, ranks
 from udfs.sequences import Ints
 
 
@@ -24,14 +23,11 @@ class Options(epochs.Options):
     """How to train; the defaults are the paper's. Its few-shot training has 256 or 128 users: give so many examples."""
 
     epochs: int = 5
-    patience: int = 5
     batch_size: int = 4
     negatives: int = 19  # of a prompt's candidates
     optimizer: Literal["adam", "adamw"] = "adam"
     learning_rate: float = 1e-4
     weight_decay: float = 0.0
-    # What decides which epoch is kept, if there are validation examples: the loss, or NDCG@10 among the candidates.
-    stop_by: Literal["loss", "ndcg"] = "loss"
 
 
 def train(
@@ -42,7 +38,6 @@ def train(
     options: Options,
     log: Callable[[str], None],
     *,
-    validation: Examples | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> dict[str, Any]:
     """Train `reader.projections` in place; without any, new ones are made, from options.seed.
@@ -56,7 +51,7 @@ def train(
         checkpoints: as in `udfs.epochs.run`; the language model is no part of them.
 
     Returns:
-        Facts, as of `udfs.epochs.run`; the validation is higher for a better model, the loss negated.
+        Facts, as of `udfs.epochs.run`; the last epoch is kept.
 
     Raises:
         AllmrecError: no example, too few items in the pool, or prompts that are too long.
@@ -76,9 +71,6 @@ def train(
         projections.parameters(), lr=options.learning_rate, betas=(0.9, 0.98), weight_decay=options.weight_decay
     )
 
-    def loss(data: Examples, candidates: Ints, rows: Ints) -> torch.Tensor:
-        return reader.loss(catalogue, data.users[rows], data.histories.take(rows), candidates[rows])
-
     def epoch(seed: int) -> float:
         candidates = examples.draw(pool, options.negatives, seed)
         order = np.random.Generator(np.random.Philox(seed)).permutation(len(examples))
@@ -86,7 +78,7 @@ def train(
         progress = Progress("of this epoch", len(order), "users", seconds=60.0, log=log)
         for start in range(0, len(order), options.batch_size):
             rows = order[start : start + options.batch_size]
-            found = loss(examples, candidates, rows)
+            found = reader.loss(catalogue, examples.users[rows], examples.histories.take(rows), candidates[rows])
             optimizer.zero_grad(set_to_none=True)
             # Without soft tokens in the prompt there is nothing to learn: then it is the language model alone.
             if found.requires_grad:
@@ -96,20 +88,6 @@ def train(
             progress.advance(len(rows))
         return float(whole / len(examples))
 
-    measure = None
-    if validation is not None and len(validation):
-        asked = validation.draw(pool, options.negatives, options.seed)
-
-        @torch.no_grad()
-        def quality(data: Examples = validation) -> float:
-            if options.stop_by == "ndcg":
-                scores = reader.score(catalogue, data.users, data.histories, asked)
-                return float(ndcg(ranks(scores), 10).mean())
-            starts = np.arange(len(data))
-            groups = [starts[at : at + options.batch_size] for at in range(0, len(data), options.batch_size)]
-            return -sum(float(loss(data, asked, rows)) * len(rows) for rows in groups) / len(data)
-
-        measure = quality
     shapes = {name: list(parameter.shape) for name, parameter in reader.model.named_parameters()}
     prompts = catalogue.prompts
     key = identity(
@@ -119,7 +97,6 @@ def train(
         catalogue.joint.cpu().numpy(),
         pool,
         *examples.arrays(),
-        *(validation.arrays() if validation else []),
         *(tensor.cpu().numpy() for tensor in projections.state_dict().values()),
     )
-    return epochs.run(projections, optimizer, epoch, options, log, measure, checkpoints, key)
+    return epochs.run(projections, optimizer, epoch, options, log, None, checkpoints, key)
