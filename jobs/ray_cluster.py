@@ -52,7 +52,7 @@ def cluster(settings: RayCluster) -> Iterator[None]:
         where = f"at {address}" if address else "on this machine"
         raise ClusterError(f"Ray {where} cannot be used: {error}. {_remedy(address)}") from error
     if not address:
-        _require_room(settings)
+        require_workers(settings, 1)
     yield
 
 
@@ -122,20 +122,7 @@ def require_workers(settings: RayCluster, workers: int) -> None:
         ("GPU", settings.gpus_per_actor, "gpus_per_actor"),
     ):
         if workers * each > there.get(name, 0):
+            times = f"ray.training_workers ({workers}) x " if workers > 1 else ""
             raise ClusterError(
-                f"ray.training_workers ({workers}) x ray.{key} ({each:g}) is more than this machine's "
-                f"{there.get(name, 0):g} {name}; lower one of them"
+                f"{times}ray.{key} ({each:g}) is more than this machine's {there.get(name, 0):g} {name}; lower it"
             )
-
-
-def _require_room(settings: RayCluster) -> None:
-    """Raises ClusterError if this machine is too small for one actor, which would wait for ever."""
-    import ray
-
-    there = ray.cluster_resources()
-    for name, wanted, key in (
-        ("CPU", settings.cpus_per_actor, "cpus_per_actor"),
-        ("GPU", settings.gpus_per_actor, "gpus_per_actor"),
-    ):
-        if wanted > there.get(name, 0):
-            raise ClusterError(f"ray.{key} is {wanted:g}, but this machine has {there.get(name, 0):g} {name}; lower it")

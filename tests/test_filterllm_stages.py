@@ -22,7 +22,7 @@ import safetensors.torch
 
 from jobs import filterllm_score, filterllm_train, text_embeddings
 from jobs.filterllm_train import load_model
-from jobs.ray_cluster import ClusterError
+from jobs.ray_cluster import ClusterError, require_workers
 from jobs.run import Run, execute
 from jobs.settings import Settings
 from tests.small_lake import RUN_DATE, tables
@@ -362,6 +362,8 @@ def test_workers_that_never_fit_and_errors_of_the_task_are_clear(lake: Path) -> 
     run = night(lake, filterllm={"epochs": 2}, ray={"training_workers": 5000})
     with pytest.raises(ClusterError, match=r"ray.training_workers \(5000\) x ray.cpus_per_actor \(1\) is more than"):
         filterllm_train.run(run, run.staging("filterllm_train"))
+    with pytest.raises(ClusterError, match=r"^ray.cpus_per_actor \(5000\) is more than this machine's"):
+        require_workers(run.settings.ray.model_copy(update={"cpus_per_actor": 5000.0}), 1)
     # The task's own error arrives as it was raised.
     with pytest.raises(FilterLLMError, match="training diverged"):
         train(night(lake, filterllm={"epochs": 2, "learning_rate": 1e30}))
