@@ -24,7 +24,11 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     """The options that name settings."""
     parser.add_argument("--conf", required=True, help="a YAML file of settings, such as conf/demo.yaml")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting; repeatable"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a setting, such as sampling.k=100 (the value is YAML); repeatable",
     )
 
 

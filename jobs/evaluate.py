@@ -277,6 +277,9 @@ def _published_row(settings: Settings, run_date: date) -> dict[str, Any] | None:
 def due(settings: Settings, day: date) -> dict[str, Any]:
     """Evaluate the date whose evaluate.horizon_days end with the midnight at which `day` begins; a note if nothing was published
     then, or the protocol knows no such date. Raises as `again`."""
+    if not Lake(settings.lake, settings.storage_options).exists("runs"):
+        # Every day's note that nothing is due would hide a lake that is mistyped.
+        raise NotPublishedError(f"no run was ever begun in {settings.lake}: is this the lake? It has no table 'runs'")
     run_date = day - timedelta(days=settings.evaluate.horizon_days)
     note = None
     if settings.evaluate.protocol != "temporal":

@@ -66,7 +66,8 @@ class Lake:
             if version is not None and self.exists(name):
                 raise LakeError(f"table '{name}' at {self.path(name)} has no version {version} any more") from None
             raise LakeError(
-                f"no Delta table '{name}' at {self.path(name)}; `python -m jobs.ingest` makes one"
+                f"no Delta table '{name}' at {self.path(name)}: check the setting lake (a table of another name or place goes into "
+                f"inputs.<interactions or items>.table); `python -m jobs.ingest` makes one of files"
             ) from None
         except Exception as error:
             if version is None:

@@ -94,7 +94,10 @@ def latest(lake: Lake, on_or_before: date | None = None) -> Published:
         rows = rows.filter(pc.less_equal(rows["refresh_date"], pa.scalar(on_or_before)))
     if rows.num_rows == 0:
         until = f" on or before {on_or_before}" if on_or_before else ""
-        raise NotPublishedError(f"nothing is published in {lake.uri}{until}: run jobs/cold_refresh.py for a date")
+        doubt = "" if lake.exists("runs") else " (there is no table 'runs': is this the lake?)"
+        raise NotPublishedError(
+            f"nothing is published in {lake.uri}{until}{doubt}: run jobs/cold_refresh.py for a date"
+        )
     row = max(rows.to_pylist(), key=lambda r: (r["refresh_date"], r["sequence"]))
     versions = {name: int(v) for name, v in json.loads(row["output_versions"]).items() if name in OUTPUTS}
     absent = sorted(set(OUTPUTS) - set(versions))

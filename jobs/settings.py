@@ -60,7 +60,9 @@ class Text(_Section):
     also: tuple[str, ...] = Field((), description="further models (or words): their vectors stand beside the first's")
     sha256: str | None = Field(None, description="what model.safetensors must hash to; known for minilm and smollm2")
     pooling: Literal["auto", "mean", "last_token", "cls"] = "auto"
-    prompt: str = Field("{content}", description="{title} and {content} stand for the item's fields")
+    prompt: str = Field(
+        "{content}", description="{title}, {text} and {content} (title and text) stand for the item's fields"
+    )
     max_tokens: int = Field(128, ge=4)
     batch_tokens: int = Field(8192, ge=64, description="padded tokens a batch")
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -153,14 +155,19 @@ class FilterLLM(Lora):
 
 class Sampling(_Section):
     k: int = Field(20, ge=1, description="users a cold item")
-    draw: Literal["top_k", "sampled"] = "top_k"
+    draw: Literal["top_k", "sampled"] = Field(
+        "top_k", description="top_k: the K most probable users; sampled: K drawn without replacement"
+    )
     temperature: float = Field(1.0, gt=0, description="sampled: above 1 flattens the distribution that is drawn from")
     user_tile: int = Field(16384, ge=1, description="users scored at a time")
     shard_items: int = Field(4096, ge=1)
 
 
 class Refresh(_Section):
-    method: Literal["fold_in", "retrain"] = "fold_in"
+    method: Literal["fold_in", "retrain"] = Field(
+        "fold_in",
+        description="fold_in: in closed form, the space stays; retrain: CF on real and sampled pairs, each night a new space",
+    )
     cold: Literal["sampled", "llminit", "allmrec"] = Field(
         "sampled",
         description="where cold items' vectors come from: FilterLLM's sampled users, (cf.init=llminit) their text's start, or "
@@ -190,7 +197,7 @@ class Gates(_Section):
         0.99, gt=0, le=1, description="share within the band: of all vectors, and of those whose source is not cf"
     )
     procrustes_residual: float = Field(0.9, gt=0, description="relative, of a new space to the one before")
-    rejected_share: float = Field(0.5, gt=0, le=1, description="rejected rows of an input, at most")
+    rejected_share: float = Field(0.5, gt=0, le=1, description="bad rows of an input, duplicates among them, at most")
 
     @model_validator(mode="after")
     def _band(self) -> Gates:
@@ -200,7 +207,9 @@ class Gates(_Section):
 
 
 class Evaluate(_Section):
-    protocol: Literal["none", "temporal", "random_item"] = "temporal"
+    protocol: Literal["none", "temporal", "random_item"] = Field(
+        "temporal", description="temporal: by what happens after the run date; random_item: by the table split; none"
+    )
     k: tuple[Annotated[int, Field(ge=1)], ...] = Field((20,), min_length=1)
     horizon_days: int = Field(
         60, ge=1, description="temporal: truth is what happens within so many days from the run date"
@@ -219,9 +228,9 @@ class RayCluster(_Section):
     address: str | None = Field(
         None, description="of a running cluster (host:port or auto); without one it is started here"
     )
-    actors: int = Field(1, ge=1)
+    actors: int = Field(1, ge=1, description="workers that encode and score at a time")
     cpus_per_actor: float = Field(1.0, gt=0)
-    gpus_per_actor: float = Field(0.0, ge=0)
+    gpus_per_actor: float = Field(0.0, ge=0, description="above 0 they compute on the GPU")
     training_workers: int = Field(
         0,
         ge=0,
@@ -278,17 +287,19 @@ class Settings(_Section):
             if width_of(self.text.model) is not None:
                 raise ValueError(f"{name} trains a language model, and text.model words is none")
         if self.cf.init == "llminit" and self.cf.model in ("als", "als_cg"):
-            raise ValueError(f"cf.init llminit needs a cf.model that keeps its start, not {self.cf.model}")
+            raise ValueError(
+                f"cf.init llminit needs a cf.model that keeps its start (bpr, lightgcn, sgl, sgcl), not {self.cf.model}"
+            )
         if self.cf.negatives == "user" and self.cf.model not in ("bpr", "lightgcn", "sgl"):
             raise ValueError(f"cf.negatives user is for bpr, lightgcn and sgl; {self.cf.model} draws no negatives")
         if self.refresh.cold == "llminit" and self.cf.init != "llminit":
             raise ValueError(
                 "refresh.cold llminit needs cf.init llminit: otherwise texts and space have nothing in common"
             )
-        if self.refresh.cold == "allmrec" and self.refresh.method != "fold_in":
+        if self.refresh.cold != "sampled" and self.refresh.method != "fold_in":
             raise ValueError(
-                "refresh.cold allmrec places cold items in the night's space, and refresh.method retrain trains them into "
-                "another one: set refresh.method fold_in, or refresh.cold sampled"
+                f"refresh.cold {self.refresh.cold} places cold items in the night's space, and refresh.method retrain trains "
+                "them into another one: set refresh.method fold_in, or refresh.cold sampled"
             )
         aligned = self.allmrec.alignment
         if aligned.match == "none" and not aligned.text_recommendation and self.refresh.cold == "allmrec":

@@ -39,11 +39,13 @@ def told(error: ErrorDetails, settings: type[Section]) -> str:
             kind = section.model_fields[str(part)].annotation
             sections = (one for one in (kind, *get_args(kind)) if isinstance(one, type) and issubclass(one, Section))
             section = next(sections, None)
-    says = error["msg"]
+    says = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         says = "unknown key" + (f"; there are {', '.join(section.model_fields)}" if section else "")
     elif error["type"] == "tuple_type":
         says = "expected a list, such as [a, b]"
     elif error["type"] == "model_type":
         says = "expected a section: key: value below it"
-    return f"{'.'.join(place) or '(all)'}: {says}"
+    elif error["type"] == "string_type" and isinstance(error["input"], dict | list):
+        says = "expected text; to YAML {...} and [...] are something else: quote it, such as '\"{title}\"'"
+    return f"{'.'.join(place)}: {says}" if place else says

@@ -142,8 +142,7 @@ def test_protocol_none_measures_nothing(night):
         update={"evaluate": run.settings.evaluate.model_copy(update={"protocol": "none"})}
     )
     found = truth.read(replace(run, settings=settings), truth.catalog(run))
-    assert found.tasks == {}
-    assert "none" in found.facts["note"]
+    assert (found.tasks, "none" in found.facts["note"]) == ({}, True)
 
 
 @pytest.fixture(scope="module")
@@ -215,8 +214,7 @@ def test_evaluating_again_measures_and_replaces(later, capsys):
     cold = facts["summary"]["cold"]
     assert facts["run_id"] == run.run_id
     assert list(cold) == ["published", "distribution", "text_knn", "popularity", "random"]
-    assert cold["published"]["ndcg@10"] > cold["random"]["ndcg@10"] + 0.2
-    assert cold["text_knn"]["ndcg@10"] > cold["random"]["ndcg@10"] + 0.2
+    assert min(cold[name]["ndcg@10"] for name in ("published", "text_knn")) > cold["random"]["ndcg@10"] + 0.2
     rows = run.lake.read("metrics", refresh_date=run.run_date).to_pandas()
     assert len(rows) == facts["metrics"]
     assert not rows.duplicated(["run_id", "split", "system", "metric"]).any()
@@ -304,10 +302,12 @@ def test_the_reliability_curve_is_of_the_models_users_and_the_cold_items_truth(l
 
 
 def test_what_is_not_published_cannot_be_evaluated(night, capsys):
-    conf = night[2]
-    assert evaluate.main(["--conf", str(conf), "--run-date", "2026-02-01"]) == 1
+    conf, due = ["--conf", str(night[2])], ["--due", "2026-02-10"]
+    assert evaluate.main([*conf, "--run-date", "2026-02-01"]) == 1
     assert "no run of 2026-02-01 has published" in capsys.readouterr().err
-    assert evaluate.main(["--conf", str(conf), "--due", "2026-02-10"]) == 0
+    assert evaluate.main([*conf, *due, "--set", "lake=/no/such/lake"]) == 1
+    assert "is this the lake?" in capsys.readouterr().err
+    assert evaluate.main([*conf, *due]) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (summary["run_date"], summary["metrics"]) == ("2026-02-01", 0)
 

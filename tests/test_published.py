@@ -102,7 +102,7 @@ def test_the_command_answers_as_a_ranker(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_the_command_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert published.main(["--lake", str(tmp_path)]) == 1
-    assert "nothing is published" in capsys.readouterr().err
+    assert "there is no table 'runs': is this the lake?" in capsys.readouterr().err
     execute(gated(tmp_path), "publish", publish.run)
     assert published.main(["--lake", str(tmp_path), "--user", "nobody"]) == 1
     assert "user 'nobody' has no vector among the 12 of 2026-03-01" in capsys.readouterr().err

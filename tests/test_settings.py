@@ -44,6 +44,7 @@ def test_every_file_of_conf_loads_and_begins_with_its_command(path: Path) -> Non
         ("text.prompt=of {title:.50}", "has a format"),
         ("text.prompt=of {title", "expected '}'"),
         ("text.prompt={title", "is not YAML"),
+        ("text.prompt={title}", "quote it"),
         ("seed", "expected key=value"),
         ("lake.folder=x", "lake is not a section"),
     ],
@@ -85,6 +86,10 @@ def test_only_what_decides_results_makes_another_run() -> None:
     ("sections", "message"),
     [
         ({"refresh": {"cold": "allmrec", "method": "retrain"}}, "set refresh.method fold_in"),
+        (
+            {"refresh": {"cold": "llminit", "method": "retrain"}, "cf": {"init": "llminit", "model": "bpr"}},
+            "set refresh.method fold_in",
+        ),
         (
             {"refresh": {"cold": "allmrec"}, "allmrec": {"alignment": {"match": "none"}}},
             "alignment.match mse or infonce",

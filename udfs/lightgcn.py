@@ -130,7 +130,7 @@ def propagation(data: Data, params: CfParams) -> Propagation:
     """Over the graph of the training pairs, on their device."""
     users, items = data.users.cpu().numpy(), data.items.cpu().numpy()
     adjacency = normalized_adjacency(users, items, data.n_users, data.n_items)
-    return Propagation(adjacency, params.layers, data.users.device, torch.float32)
+    return Propagation(adjacency, params.layers, data.users.device, data.weights.dtype)
 
 
 def objective(data: Data, params: CfParams) -> Bpr:

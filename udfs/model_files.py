@@ -127,7 +127,10 @@ def _require_whole(directory: Path, name: str) -> None:
         )
     missing = _missing_weights(directory)
     if missing:
-        raise ModelError(f"language model {name!r}: {directory} lacks {missing}; only safetensors weights are read")
+        raise ModelError(
+            f"language model {name!r}: {directory} lacks {missing}; only safetensors weights are read: "
+            "AutoModel.from_pretrained(FOLDER).save_pretrained(OTHER) of transformers makes them from others"
+        )
 
 
 def _missing_weights(directory: Path) -> list[str]:

@@ -24,7 +24,8 @@ OnEpoch = Callable[[int, Callable[[], tuple[Matrix, Matrix]]], bool]
 
 @dataclass(frozen=True)
 class Data:
-    """The pairs on the device, each once: users, items [pairs] int64 and weights [pairs] with a mean of 1.
+    """The pairs on the device, each once: users, items [pairs] int64 and weights [pairs] with a mean of 1, of the
+    type that is computed in.
 
     `generator` is of the device; all that is drawn in a training comes from it.
     """

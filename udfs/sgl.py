@@ -39,7 +39,7 @@ class Sgl:
         kept = drawn >= params.edge_dropout
         users, items = (side[kept].cpu().numpy() for side in (data.users, data.items))
         graph = normalized_adjacency(users, items, data.n_users, data.n_items)
-        return Propagation(graph, params.layers, data.users.device, torch.float32)
+        return Propagation(graph, params.layers, data.users.device, data.weights.dtype)
 
     def loss(self, ego: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
         users = torch.unique(self._data.users[batch])
