@@ -1,7 +1,8 @@
 """Daily: measure the night whose users have had their time, and make its page anew (jobs/evaluate.py, jobs/report.py).
 
 On the night itself what users do next is still to come. The run of the interval that ends on day D measures the date
-`evaluate.horizon_days` before D, if one was published then; its staged snapshot has been kept for that. By hand, as of a day:
+`evaluate.horizon_days` before D, if one was published then, and those of the week before it that have no figures yet; their
+staged snapshots have been kept for that. By hand, as of a day:
 
     airflow dags test cold_refresh_evaluate --conf '{"due": "2017-12-31"}'
 """
@@ -40,9 +41,10 @@ def cold_refresh_evaluate() -> None:
     @task.bash(do_xcom_push=False)
     def report(summary: str) -> str:
         found = json.loads(summary)
-        if not found["metrics"]:
+        if not found["measured"]:
             raise AirflowSkipException(found["note"])
-        return commands.job("report", "--run-date", commands.checked_date(found["run_date"]))
+        pages = [commands.job("report", "--run-date", commands.checked_date(one)) for one in found["measured"]]
+        return " && ".join(f"( {page} )" for page in pages)
 
     report(evaluate())
 

@@ -17,11 +17,20 @@ from datetime import date, timedelta
 from typing import Any
 
 from jobs import cli, ray_cluster, text_embeddings
-from jobs.run import STAGES, TRAINING_STAGES, Run, begun_run, execute, find_run, log, open_run, parse_new_run_date
+from jobs.run import (
+    LATE_DAYS,
+    STAGES,
+    TRAINING_STAGES,
+    Run,
+    begun_run,
+    execute,
+    find_run,
+    log,
+    open_run,
+    parse_new_run_date,
+)
 from jobs.settings import Settings, SettingsError
 from jobs.staging import Staging
-
-_LATE_DAYS = 7  # how long a date that is due can still be measured with its own snapshot
 
 
 def refresh(settings: Settings, run_date: date, stage: str | None = None, *, training: bool = False) -> dict[str, Any]:
@@ -122,13 +131,13 @@ def prune(run: Run) -> None:
     """Remove the staged files and the index of finished runs, except those of the newest `keep_runs`; their rows stay.
 
     So does the snapshot of a date whose users still have time (evaluate.horizon_days), which it will be measured with, and
-    _LATE_DAYS beyond.
+    LATE_DAYS beyond.
     """
     rows = run.lake.read("runs", columns=["refresh_date", "sequence", "run_id", "stage"]).to_pylist()
     finished = sorted((r["refresh_date"], r["sequence"], r["run_id"]) for r in rows if r["stage"] == STAGES[-1])
     newest_of = {refresh_date: run_id for refresh_date, _, run_id in finished}
     evaluate = run.settings.evaluate
-    needed = timedelta(days=evaluate.horizon_days + _LATE_DAYS if evaluate.protocol == "temporal" else 0)
+    needed = timedelta(days=evaluate.horizon_days + LATE_DAYS if evaluate.protocol == "temporal" else 0)
     for place, what in (("_staging", "staged files"), ("_index", "index")):
         present = set(Staging(run.lake.path(place)).children())
         for refresh_date, _, run_id in finished[: -run.settings.keep_runs]:

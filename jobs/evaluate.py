@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from jobs import cli, truth
+from jobs import cli, inputs, truth
 from jobs.lake import Lake
 from jobs.published import NotPublishedError, Published
-from jobs.run import OUTPUTS, Run, code_version, execute, has_its_inputs, log, parse_run_date
+from jobs.run import LATE_DAYS, OUTPUTS, Run, code_version, execute, has_its_inputs, log, parse_run_date
 from jobs.settings import Settings
 from jobs.staging import Staging
 from jobs.truth import Catalog, Truth
@@ -56,7 +56,9 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
         output_versions if something was.
     """
     catalog = truth.catalog(run)
-    return _evaluate(run, catalog, truth.read(run, catalog, whole=True), f"metrics/{run.run_id}", 0)
+    with inputs.readable(run):
+        found = truth.read(run, catalog, whole=True)
+    return _evaluate(run, catalog, found, f"metrics/{run.run_id}", 0)
 
 
 def _evaluate(run: Run, catalog: Catalog, found: Truth, app: str, sequence: int) -> dict[str, Any]:
@@ -220,15 +222,15 @@ class Systems:
         return reliability(queries[chosen], keys[known], None if bias is None else bias[known], indptr, numbers)
 
 
-def again(settings: Settings, run_date: date) -> dict[str, Any]:
-    """Evaluate what `run_date` published with the truth as the tables are now.
+def again(settings: Settings, run_date: date, *, whole: bool = False) -> dict[str, Any]:
+    """Evaluate what `run_date` published with the truth as the tables are now; `whole`: as in jobs.truth.read.
 
     Raises:
         NotPublishedError: no run of that date has published.
     """
     run = published_run(settings, run_date)
     catalog = truth.catalog(run)
-    found = truth.read(run, catalog, run.lake.version(settings.inputs.interactions.table))
+    found = truth.read(run, catalog, run.lake.version(settings.inputs.interactions.table), whole=whole)
     app = f"metrics/{run.run_id}/again"
     before = run.lake.table("metrics").transaction_version(app) if run.lake.exists("metrics") else None
     facts = _evaluate(run, catalog, found, app, 0 if before is None else before + 1)
@@ -275,21 +277,46 @@ def _published_row(settings: Settings, run_date: date) -> dict[str, Any] | None:
 
 
 def due(settings: Settings, day: date) -> dict[str, Any]:
-    """Evaluate the date whose evaluate.horizon_days end with the midnight at which `day` begins; a note if nothing was published
-    then, or the protocol knows no such date. Raises as `again`."""
-    if not Lake(settings.lake, settings.storage_options).exists("runs"):
+    """Evaluate the date whose evaluate.horizon_days end with the midnight at which `day` begins, and of the LATE_DAYS before it
+    those that were published and have no figures: nobody measured them then, or the truth was not whole yet.
+
+    Returns:
+        As `again`, of the date that is due (a note if nothing was published then, or the protocol knows no such date), and
+        measured: the dates that have figures now.
+
+    Raises:
+        NotPublishedError: there is no lake, or as `again`, of the date that is due.
+    """
+    lake = Lake(settings.lake, settings.storage_options)
+    if not lake.exists("runs"):
         # Every day's note that nothing is due would hide a lake that is mistyped.
         raise NotPublishedError(f"no run was ever begun in {settings.lake}: is this the lake? It has no table 'runs'")
-    run_date = day - timedelta(days=settings.evaluate.horizon_days)
-    note = None
+    last = day - timedelta(days=settings.evaluate.horizon_days)
+    found: dict[str, Any] = {"run_date": last.isoformat(), "metrics": 0}
+    measured: list[str] = []
     if settings.evaluate.protocol != "temporal":
-        note = f"evaluate.protocol is {settings.evaluate.protocol}: no date is ever due"
-    elif _published_row(settings, run_date) is None:
-        note = f"no run of {run_date} has published: on {day} there is nothing to measure"
-    if note:
-        log(f"[evaluate] {note}")
-        return {"run_date": run_date.isoformat(), "metrics": 0, "note": note}
-    return again(settings, run_date)
+        found["note"] = f"evaluate.protocol is {settings.evaluate.protocol}: no date is ever due"
+    elif _published_row(settings, last) is None:
+        found["note"] = f"no run of {last} has published: on {day} there is nothing to measure"
+    else:
+        found = again(settings, last, whole=True)
+    if found["metrics"]:
+        measured.append(last.isoformat())
+    if "note" in found:
+        log(f"[evaluate] {found['note']}")
+    for late in (last - timedelta(days=n) for n in range(1, LATE_DAYS + 1)):
+        row = _published_row(settings, late) if settings.evaluate.protocol == "temporal" else None
+        if (
+            row is None
+            or row["run_id"] in lake.read("metrics", columns=["run_id"], refresh_date=late)["run_id"].to_pylist()
+        ):
+            continue
+        try:
+            if again(settings, late, whole=True)["metrics"]:
+                measured.append(late.isoformat())
+        except ColdRefreshError as error:  # it was to be measured earlier; what is due today has been
+            log(f"[evaluate] {late} has no figures yet: {error}")
+    return {**found, "measured": sorted(measured)}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -175,6 +175,7 @@ class Lake:
                     raise
         for _ in range(_ATTEMPTS):
             delta = self.table(name)
+            before = delta.version()
             done = delta.transaction_version(app)
             if done is not None and done >= sequence:
                 return delta.version()
@@ -200,9 +201,9 @@ class Lake:
                 else:
                     delta.delete(predicate, commit_properties=properties)
                 return delta.version()
-            except CommitFailedError:
-                continue
             except DeltaError as error:
+                if isinstance(error, CommitFailedError) and self.version(name) > before:
+                    continue  # another writer was first
                 raise LakeError(f"table '{name}' at {self.path(name)} cannot be written: {error}") from error
         raise LakeError(f"table '{name}': other writers won {_ATTEMPTS} times; run again")
 

@@ -80,7 +80,7 @@ def prune(lake: Lake, keep_days: int, now: datetime, *, dry_run: bool = False) -
     for name in sorted(waiting):
         stages = (Staging(staged[name].path(stage)) for stage in staged[name].children())
         said += [stage.facts() for stage in stages if stage.is_complete()]
-    kept = _kept(parts, said, since)
+    kept = _kept(parts, said, since, changed_since)
 
     removed = [(part.kind, part.folder) for part in parts if part.facts is not None and part.version not in kept]
     removed += [
@@ -115,10 +115,13 @@ def _parts(lake: Lake) -> Iterator[Part]:
             yield Part(kind, version, folder, folder.facts() if folder.is_complete() else None)
 
 
-def _kept(parts: list[Part], said: list[Any], since: date) -> set[str]:
-    """Versions of complete parts that are young, or named by `said` (JSON), and of all that these name in turn."""
+def _kept(parts: list[Part], said: list[Any], since: date, changed_since: datetime) -> set[str]:
+    """Versions of complete parts that are young (by date or, as a backfill's, by the clock), or named by `said` (JSON), and of
+    all that these name in turn.
+    """
     facts = {part.version: part.facts for part in parts if part.facts is not None}
     pending = {version for version, own in facts.items() if date.fromisoformat(own["trained_on"]) >= since}
+    pending |= {part.version for part in parts if part.facts is not None and _changed(part.folder) >= changed_since}
     pending |= facts.keys() & {name for one in said for name in _strings(one)}
     kept: set[str] = set()
     while pending:

@@ -213,7 +213,8 @@ def _items(
     else:
         found.source[sampled_items] = None
     if night.run.settings.refresh.cold != "sampled":
-        found.source[~night.warm] = None
+        # One without a text keeps what the space knows of it.
+        found.source[~night.warm & pc.is_valid(night.texts).to_numpy(zero_copy_only=False)] = None
         _place_by_text(night, space, found, alignment)
     _carry_over(night, space, found)
 

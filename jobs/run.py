@@ -42,6 +42,7 @@ STAGES = (
 )
 TRAINING_STAGES = STAGES[:4]
 OUTPUTS = ("sampled_interactions", "item_embeddings", "user_embeddings")
+LATE_DAYS = 7  # how long a date that is due can still be measured with its own snapshot
 _RUN_ID = re.compile(r"[0-9]{8}-[0-9a-f]{12}")
 
 

@@ -67,6 +67,8 @@ def session(settings: Spark, name: str = "cold-refresh") -> Any:
         if not told.contains(key):
             builder = builder.config(key, value)
     spark = builder.getOrCreate()
+    # Dates and times without a zone are UTC, whatever a cluster's defaults say: the zone decides what a run date knows.
+    spark.conf.set("spark.sql.session.timeZone", "UTC")
     spark.sparkContext.setLogLevel("ERROR")
     return spark
 

@@ -229,19 +229,19 @@ def test_a_failed_gate_fails_the_run_and_nothing_after_it_runs(home: AirflowHome
     assert _query(home, "SELECT count(*) FROM asset_event") == [(0,)]
 
 
-@pytest.mark.parametrize("metrics", [40, 0])
-def test_the_page_of_the_date_that_is_due_is_made_anew_if_it_was_measured(
-    home: AirflowHome, tmp_path: Path, metrics: int
+@pytest.mark.parametrize("measured", [["2017-10-30", "2017-11-01"], []])
+def test_the_pages_of_the_dates_that_were_measured_are_made_anew(
+    home: AirflowHome, tmp_path: Path, measured: list[str]
 ) -> None:
     """A script in place of the jobs' Python: it notes what it is asked for, and answers as jobs/evaluate.py does."""
-    answer = json.dumps({"run_date": "2017-11-01", "metrics": metrics, "note": "why not"})
+    answer = json.dumps({"run_date": "2017-11-01", "metrics": 0, "measured": measured, "note": "why not"})
     script = _script(tmp_path / "python", f"echo \"$*\" >> {tmp_path}/asked; echo said; echo '{answer}'")
     options = {"COLD_REFRESH_PYTHON": str(script), "COLD_REFRESH_SET": "evaluate.k=[10]"}
     ended = home.airflow("dags", "test", "cold_refresh_evaluate", "2017-12-31T06:00:00", **options)
     assert ended.returncode == 0, ended.stdout[-4000:]
     evaluated = "-m jobs.evaluate --conf conf/demo.yaml --due 2017-12-31 --set evaluate.k=[10]"
-    reported = "-m jobs.report --conf conf/demo.yaml --run-date 2017-11-01 --set evaluate.k=[10]"
-    assert (tmp_path / "asked").read_text().splitlines() == [evaluated, reported][: 1 + bool(metrics)]
+    reported = [f"-m jobs.report --conf conf/demo.yaml --run-date {one} --set evaluate.k=[10]" for one in measured]
+    assert (tmp_path / "asked").read_text().splitlines() == [evaluated, *reported]
 
 
 def test_backfill_creates_a_run_for_each_night(home: AirflowHome) -> None:

@@ -78,6 +78,23 @@ def test_every_mapper_finds_the_topics_users(config, share, slack):
     assert np.log(15) - 0.05 < facts["calibrated_nll"] < np.log(15) + slack
 
 
+def test_lambda_pulls_towards_the_vectors_of_cf():
+    apart = [_fit(options=_options(guiding=of))[1]["history"][-1]["guiding"] for of in (0.0, 1.0, 30.0)]
+    assert apart[0] > 2 * apart[1] > 2 * apart[2]
+
+
+def test_noise_is_added_to_the_hidden_states_while_training_only():
+    model = FilterLLM(Config(width=4, dimension=4, users=2, mapper="mlp", hidden=8, noise=0.5))
+    model.mapper = torch.nn.Identity()
+    model.mean.fill_(3.0)
+    model.std.fill_(10.0)  # noise is of standardised states
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        found = model(torch.full((5000, 4), 3.0))
+    assert found.std().item() == pytest.approx(0.5, rel=0.05)
+    assert not model.eval()(torch.full((5, 4), 3.0)).any()
+
+
 def test_training_is_reproducible_and_restores_the_best_epoch():
     lines: list[str] = []
     model, facts = _fit(lines=lines)

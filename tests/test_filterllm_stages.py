@@ -28,7 +28,7 @@ from jobs.settings import Settings
 from tests.small_lake import RUN_DATE, tables
 from udfs.filterllm import FilterLLMError
 from udfs.ray_training import Journal
-from udfs.vectors import to_column
+from udfs.vectors import from_column, to_column
 
 SETTINGS: dict[str, Any] = {
     "seed": 3,
@@ -161,6 +161,14 @@ def test_new_items_go_to_the_users_of_their_topic(lake: Path) -> None:
     np.testing.assert_allclose(p, -np.sort(-dense, axis=1)[:, :10], rtol=1e-4)
     best = [vocabulary[n] for n in dense.argmax(axis=1)]
     assert best == sampled.filter(pc.equal(sampled["rank"], 1))["user_id"].to_pylist()
+
+
+@pytest.mark.parametrize("start", ["cf", "random"])
+def test_the_vocabulary_begins_where_the_settings_say(lake: Path, start: str) -> None:
+    run = night(lake, filterllm={"user_init": start, "epochs": 1, "learning_rate": 1e-9, "weight_decay": 0.0})
+    model = filterllm_train.load_model(run, train(run)["model_version"])
+    of_cf = from_column(run.artifact("spaces", "space-a").read("users")["embedding"])
+    assert np.allclose(model.vocabulary.detach().numpy(), of_cf, atol=1e-4) == (start == "cf")
 
 
 def test_a_model_is_kept_until_it_is_stale_and_never_comes_from_the_future(lake: Path) -> None:

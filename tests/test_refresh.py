@@ -362,6 +362,21 @@ def test_retraining_on_the_union_makes_a_space_of_its_own(model: str, spark: Any
     assert execute(following, "cf", cf.run)["space_version"] == space.version
 
 
+def test_retraining_counts_sampled_users_as_the_settings_say(tmp_path: Path) -> None:
+    def items(name: str, sampled: dict[str, list[tuple[str, float]]], **refresh: Any) -> np.ndarray:
+        run = run_of(tmp_path / name, DAY, cf=BPR, refresh={"method": "retrain", **refresh})
+        facts, _, _ = _night(run, blocks(), sampled, cold=tuple(SAMPLED))
+        return cf.load_space(run, facts["space_version"]).items
+
+    alike = {name: [(user, 0.2) for user, _ in users] for name, users in SAMPLED.items()}
+    np.testing.assert_array_equal(
+        items("first", SAMPLED, users=1), items("alone", {name: users[:1] for name, users in SAMPLED.items()})
+    )
+    counted = items("counted", SAMPLED, by_probability=False)
+    np.testing.assert_array_equal(counted, items("alike", alike))
+    assert not np.array_equal(counted, items("weighed", SAMPLED))
+
+
 def test_again_it_leaves_the_same_bytes(tmp_path: Path) -> None:
     run = run_of(tmp_path, DAY, cf=BPR)
     _night(run, blocks(), SAMPLED, cold=("new-0", "new-1"))

@@ -41,11 +41,14 @@ class Checkpoints:
         )
         filesystem, root = located(self.uri)
         filesystem.create_dir(root, recursive=True)
-        # A name of its own: two trainings of the same model at once must not write into one file.
-        part = f"{root}/{uuid.uuid4().hex}.part"
+        # These show a file when it is whole, and to move it would be a copy (of 5 GB at most).
+        at_once = filesystem.type_name in ("s3", "gcs")
+        # Elsewhere a name of its own: two trainings of the same model at once must not write into one file.
+        part = f"{root}/{_FILE if at_once else uuid.uuid4().hex + '.part'}"
         with filesystem.open_output_stream(part) as stream:
             stream.write(body)
-        filesystem.move(part, f"{root}/{_FILE}")
+        if not at_once:
+            filesystem.move(part, f"{root}/{_FILE}")
 
     def load(self, expected: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """The saved tensors and facts, or None if there are none.
