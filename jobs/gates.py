@@ -7,13 +7,14 @@ are collected. `check_inputs` is the same for the tables of the snapshot, before
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs import stranded
+from jobs import published, stranded
 from jobs.expectations import GateError, View, check
 from jobs.run import OUTPUTS, Run, log
 from jobs.spark_session import session, spark_path
@@ -54,8 +55,18 @@ def _labels(items: pa.Table) -> pd.DataFrame:
     return pa.table({k: [v if isinstance(v, int) else v.as_py() or 0] for k, v in counts.items()}).to_pandas()
 
 
-def _input_counts(facts: dict[str, Any], rejected: pa.Table, staged: dict[str, int]) -> pd.DataFrame:
-    """One row an input table: its rows in, used and rejected, and what is left over by each way of counting."""
+def _used_before(run: Run) -> dict[str, int]:
+    """Rows of each input that the night published before this date used; nothing if there is none."""
+    before = published.previous(run.lake, run.run_date)
+    rows = run.lake.read("runs", refresh_date=before.refresh_date).to_pylist() if before else []
+    own = (row for row in rows if before and (row["run_id"], row["stage"]) == (before.run_id, "snapshot"))
+    return next((json.loads(row["counts"])["rows_used"] for row in own), {})
+
+
+def _input_counts(
+    facts: dict[str, Any], rejected: pa.Table, staged: dict[str, int], before: dict[str, int]
+) -> pd.DataFrame:
+    """One row an input table: its rows in, used and rejected, what each way of counting leaves over, the share of `before`."""
     aside = pc.is_in(rejected["reason"], value_set=pa.array(SET_ASIDE))
     rows = []
     for name, rows_in in facts["rows_in"].items():
@@ -72,9 +83,10 @@ def _input_counts(facts: dict[str, Any], rejected: pa.Table, staged: dict[str, i
                 "unstaged": used - staged[name],
                 # What lies outside the run's dates, split or k-core is no sign of bad data.
                 "bad_share": (recorded - set_aside) / max(rows_in - set_aside, 1),
+                "used_share": used / before[name] if before.get(name) else None,
             }
         )
-    return pa.Table.from_pylist(rows).to_pandas()
+    return pa.Table.from_pylist(rows).to_pandas().astype({"used_share": float})
 
 
 def input_views(run: Run, out: Staging, facts: dict[str, Any]) -> tuple[list[View], dict[str, Any]]:
@@ -94,11 +106,14 @@ def input_views(run: Run, out: Staging, facts: dict[str, Any]) -> tuple[list[Vie
         View("users", "rows", users.to_pandas(), ("user_id",)),
         View("items_labelled", "rows", item_rows.to_pandas(), ("item_id",)),
         View("items_labelled", "labels", _labels(items), ("items",)),
-        View("rejected_rows", "inputs", _input_counts(facts, rejected, staged), ("table", "rows_in")),
+        View(
+            "rejected_rows", "inputs", _input_counts(facts, rejected, staged, _used_before(run)), ("table", "rows_in")
+        ),
         View("rejected_rows", "reasons", reasons, ("table", "reason")),
     ]
     return views, {
         "rejected_share": run.settings.gates.rejected_share,
+        "kept_share": run.settings.gates.kept_share,
         "input_tables": sorted(facts["rows_in"]),
         "n_inputs": len(facts["rows_in"]),
         "last_user": users.num_rows - 1,
@@ -116,7 +131,7 @@ def check_inputs(run: Run, out: Staging, facts: dict[str, Any]) -> dict[str, Any
         expectations, succeeded, data_docs.
 
     Raises:
-        GateError: rows are unaccounted for, too many are bad, there is no warm item or no user, an id is null, ...
+        GateError: rows are unaccounted for, too many are bad or too few are left, there is no warm item, an id is null, ...
     """
     views, parameters = input_views(run, out, facts)
     return check(

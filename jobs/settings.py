@@ -198,6 +198,11 @@ class Gates(_Section):
     )
     procrustes_residual: float = Field(0.9, gt=0, description="relative, of a new space to the one before")
     rejected_share: float = Field(0.5, gt=0, le=1, description="bad rows of an input, duplicates among them, at most")
+    kept_share: float = Field(
+        0.5,
+        ge=0,
+        description="used rows of an input, at least, as a share of the night's that was published before; 0: any",
+    )
 
     @model_validator(mode="after")
     def _band(self) -> Gates:

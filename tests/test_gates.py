@@ -14,7 +14,7 @@ import pytest
 from jobs import gates
 from jobs.expectations import GateError, View, check, evaluate
 from jobs.lake import Lake
-from jobs.run import Run, execute
+from jobs.run import OUTPUTS, Run, execute
 from jobs.staging import Staging, StagingError
 from schemas.errors import ContractError
 from tests import gated_night as night
@@ -345,6 +345,18 @@ def test_rows_of_the_inputs_reconcile(tmp_path: Path) -> None:
     assert "rows in = rows used + rows rejected" in message
     assert "table='interactions', rows_in=980" in message
     assert "an input table has rows" in _inputs(tmp_path, {}, rows_in={"interactions": 0, "items": 27})
+
+
+@pytest.mark.parametrize(("times", "stops"), [(1.9, False), (2.1, True)])
+def test_an_input_that_lost_half_of_its_rows_stops_the_night(tmp_path: Path, times: float, stops: bool) -> None:
+    before = night.run_of(tmp_path, run_date=night.RUN_DATE - timedelta(days=3))
+    used = night.snapshot_facts(night.snapshot_tables())["rows_used"]
+    before.record("snapshot", {"rows_used": {**used, "items": int(times * used["items"])}}, 1.0, {})
+    assert _inputs(tmp_path, {}) == ""  # it has published nothing
+    before.record("publish", {"space_version": "s1"}, 1.0, dict.fromkeys(OUTPUTS, 0))
+    message = _inputs(tmp_path, {})
+    assert ("an input has not shrunk" in message) == stops
+    assert ("table='items'" in message) == stops
 
 
 def test_too_many_bad_rows_stop_the_night(tmp_path: Path) -> None:

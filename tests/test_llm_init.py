@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,11 +102,12 @@ def test_widths_that_do_not_fit_and_no_text_are_errors() -> None:
         text_map(_texts()[[1, 1, 1]], POPULARITY[:3], 4, LLMInit(), 0)
 
 
-def test_few_different_texts_throw_no_new_one_far_away() -> None:
+@pytest.mark.parametrize("scale", ["unit_variance", "raw", "unit_norm"])
+def test_few_different_texts_throw_no_new_one_far_away(scale: Any) -> None:
     texts, few = _texts(), np.tile(_texts()[:3], (10, 1))
-    of_text = text_map(few, np.ones(len(few), int), 6, LLMInit("pca", std=0.1), 0)
+    of_text = text_map(few, np.ones(len(few), int), 6, LLMInit("pca", scale=scale, std=0.1), 0)
     assert np.count_nonzero(of_text.projection.any(axis=0)) == 2  # three points lie in a plane
-    assert np.linalg.norm(of_text(texts), axis=1).max() < 5
+    assert np.linalg.norm(of_text(texts), axis=1).max() < 5 * np.linalg.norm(of_text(few), axis=1).max()
     pair = np.arange(len(few))
     users, items = start(few, pair, pair, len(few), of_text, 0.1, 0)
     np.testing.assert_array_equal(items[:, :2], of_text(few)[:, :2])

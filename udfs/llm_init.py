@@ -105,10 +105,12 @@ def text_map(
         projection[_selected(texts, popularity, dimension, options, seed), np.arange(dimension)] = 1.0
     if options.scale == "unit_variance":
         mean = texts.mean(axis=0, dtype=np.float64).astype(np.float32)
+    if options.scale == "unit_variance" or options.select == "pca":
         deviation = ((texts - mean) @ projection).std(axis=0, dtype=np.float64)
         # Along the others the texts differ by rounding only (there are few of them), and new ones would be thrown anywhere.
         told = deviation > _LEAST * deviation.max()
-        projection = projection * np.where(told, options.std / np.maximum(deviation, 1e-30), 0.0)
+        factor = options.std / np.maximum(deviation, 1e-30) if options.scale == "unit_variance" else 1.0
+        projection = projection * np.where(told, factor, 0.0)
     length = options.std * dimension**0.5 if options.scale == "unit_norm" else 0.0
     return TextMap(mean, projection.astype(np.float32), length)
 

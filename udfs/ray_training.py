@@ -160,8 +160,8 @@ def _work(config: dict[str, Any]) -> tuple[str, Any]:
             log(f"{group.size} workers on {device.type}; the first has the process id {os.getpid()}")
         return "value", config["task"](*config["arguments"], group=group, device=device, log=log)
     except ColdRefreshError as error:
-        # The same input would raise it again.
-        if group.rank == 0 and not local:
+        # The same input would raise it again. Of several workers the others would wait for one that returns.
+        if group.size == 1 and not local:
             return "error", error
         raise
 

@@ -21,6 +21,7 @@ from jobs.benchmark.datasets import data_folder
 from jobs.benchmark.measured import Measured
 from jobs.run import log
 from jobs.sampled_users import ENOUGH
+from udfs import two_tower
 from udfs.fold_in import fold_in, gram, norm_scale, to_csr
 
 _RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -94,11 +95,15 @@ def text_to_judgment(night: Measured, tune_steps: int = 0) -> np.ndarray:
     catalog, settings = night.catalog, night.run.settings
     cold = np.flatnonzero(catalog.cold)
     trained = night.run.staging("filterllm_train").facts()
-    states = text_embeddings.load(night.run, [str(sha) for sha in catalog.text_sha256], trained["encoder_version"])
+    there = [i for i, sha in enumerate(catalog.text_sha256) if sha is not None]
+    found = text_embeddings.load(night.run, [str(catalog.text_sha256[i]) for i in there], trained["encoder_version"])
+    states = np.zeros((len(catalog.item_ids), found.shape[1]), np.float32)
+    states[there] = found
     histories = allmrec_night.read(night.run.staging("snapshot")).histories
     indptr, indices = histories.indptr, histories.items
-    users = coldllm.candidates(states, indptr, indices, cold)
     device = "cuda" if settings.ray.gpus_per_actor else "cpu"
+    towers = two_tower.Options(seed=settings.seed)
+    users = coldllm.candidates(states, indptr, indices, cold, options=towers, device=device)
     options = coldllm.JudgeOptions(seed=settings.seed, dtype="bfloat16", device=device, tune_steps=tune_steps)
     titles = [text or "" for text in catalog.texts]
     folder = Path(night.run.staging("text_to_judgment").uri)

@@ -31,7 +31,13 @@ _PART = 256  # users whose pairs are judged and kept at a time
 
 
 def candidates(
-    states: Matrix, indptr: Ints, indices: Ints, cold: Ints, k: int = 20, options: two_tower.Options | None = None
+    states: Matrix,
+    indptr: Ints,
+    indices: Ints,
+    cold: Ints,
+    k: int = 20,
+    options: two_tower.Options | None = None,
+    device: str = "cpu",
 ) -> Ints:
     """ColdLLM's filter: the users [len(cold), k] that the two towers keep of each cold item, best first.
 
@@ -42,7 +48,7 @@ def candidates(
     """
     # The towers see warm items only: their mean and deviation too.
     warm, at = np.unique(indices, return_inverse=True)
-    model = two_tower.train(states[warm], indptr, at, options or two_tower.Options(), log)
+    model = two_tower.train(states[warm], indptr, at, options or two_tower.Options(), log, device=device)
     profiles = two_tower.user_inputs(states[warm], indptr, at)
     return two_tower.candidates(model, states[cold], profiles, k, np.diff(indptr) > 0).users.numpy()
 
