@@ -43,6 +43,19 @@ def test_a_date_is_read_at_its_version_and_as_it_is_now_where_that_is_gone(tmp_p
     assert lake.read_date("user_embeddings", NIGHTS[0], versions[0]).equals(before)
 
 
+def test_a_commit_that_no_other_writer_was_in_the_way_of_says_what_was(tmp_path: Path) -> None:
+    lake = Lake(str(tmp_path))
+    commit(lake, NIGHTS[0])
+    lake.table("user_embeddings").alter.set_table_properties({"delta.appendOnly": "true"})
+    with pytest.raises(LakeError, match=r"user_embeddings' at .* cannot be written: .*(append|Append)"):
+        lake.commit(
+            "user_embeddings",
+            lake.read("user_embeddings"),
+            app="user_embeddings/again",
+            replace={"refresh_date": NIGHTS[0]},
+        )
+
+
 def test_rows_that_were_vacuumed_are_a_clear_error(tmp_path: Path) -> None:
     lake = Lake(str(tmp_path))
     version = commit(lake, NIGHTS[0])

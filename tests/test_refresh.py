@@ -157,6 +157,17 @@ def test_a_cold_item_s_start_is_what_is_left_or_the_way(way: str, tmp_path: Path
     assert tables["sampled_interactions"].num_rows == 3
 
 
+def test_an_item_that_cooled_down_and_has_no_text_keeps_its_vector(tmp_path: Path) -> None:
+    began = {**BPR, "init": "llminit", "llminit": {"select": "pca", "scale": "raw"}}
+    texts = {item: np.eye(5)[int(item[1])].tolist() for item in sorted({i for _, i in blocks()} - {"i0-0"})}
+    snapshot(first := run_of(tmp_path, DAY, cf=began), blocks(), texts=texts)
+    execute(first, "cf", cf.run)
+    run = run_of(tmp_path, NEXT, 2, cf=began, refresh={"cold": "llminit"})
+    facts, tables, _ = _night(run, blocks(), {}, cold=("i0-0", "i0-1"), texts=texts)
+    items = _by_id(tables["item_embeddings"])
+    assert (items["i0-0"]["source"], items["i0-1"]["source"], facts["items_left_out"]) == ("cf", "llminit", 0)
+
+
 ALIGNED = {"alignment": {"epochs": 40, "patience": 40, "learning_rate": 1e-2, "stop_by": "loss"}}
 
 
@@ -332,49 +343,6 @@ def test_weights_of_real_pairs_are_the_space_s(tmp_path: Path) -> None:
     _, tables, space = _night(run, {**blocks(), ("u0-0", "new-0"): 5.0, ("u0-1", "new-0"): 1.0}, {})
     expected = _reference(space, {"u0-0": 1.0, "u0-1": 1.0}, weights=[np.log1p(5.0), np.log1p(1.0)])
     np.testing.assert_allclose(_by_id(tables["item_embeddings"])["new-0"]["embedding"], expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize("model", ["als", "bpr"])
-def test_retraining_on_the_union_makes_a_space_of_its_own(model: str, spark: Any, tmp_path: Path) -> None:
-    settings = BPR if model == "bpr" else {}
-    run = run_of(tmp_path, DAY, cf=settings, refresh={"method": "retrain"}, snapshot={"warm_interactions": 2})
-    pairs = {**blocks(), ("u0-1", "new-0"): 3.0}  # real and sampled: one pair
-    facts, tables, space = _night(run, pairs, SAMPLED, cold=("new-0", "new-1"))
-    items = _by_id(tables["item_embeddings"])
-    assert facts["space_version"] != space.version
-    assert (facts["aligned_to"], facts["sources"]) == (space.version, {"cf": 18, "sampled": 2})
-    assert 0 < facts["residual"] < 0.9
-    union = cf.load_space(run, facts["space_version"])
-    for table, ids, matrix in (
-        ("item_embeddings", union.item_ids, union.items),
-        ("user_embeddings", union.user_ids, union.users),
-    ):
-        rows = _by_id(tables[table])
-        assert list(rows) == ids
-        assert all(rows[name]["embedding"].tobytes() == v.tobytes() for name, v in zip(ids, matrix, strict=True))
-    assert (items["new-0"]["interactions"], items["new-1"]["interactions"]) == (1, 0)
-    scores = {u: float(v @ items["new-0"]["embedding"]) for u, v in zip(union.user_ids, union.users, strict=True)}
-    own, other = ([scores[f"u{b}-{i}"] for i in range(8)] for b in (0, 2))
-    assert np.mean(own) > np.mean(other)
-    # The next night's stage cf takes up the night's space, not this one.
-    following = run_of(tmp_path, NEXT, 2, cf=settings, snapshot={"warm_interactions": 2})
-    snapshot(following, pairs, ("new-0", "new-1"))
-    assert execute(following, "cf", cf.run)["space_version"] == space.version
-
-
-def test_retraining_counts_sampled_users_as_the_settings_say(tmp_path: Path) -> None:
-    def items(name: str, sampled: dict[str, list[tuple[str, float]]], **refresh: Any) -> np.ndarray:
-        run = run_of(tmp_path / name, DAY, cf=BPR, refresh={"method": "retrain", **refresh})
-        facts, _, _ = _night(run, blocks(), sampled, cold=tuple(SAMPLED))
-        return cf.load_space(run, facts["space_version"]).items
-
-    alike = {name: [(user, 0.2) for user, _ in users] for name, users in SAMPLED.items()}
-    np.testing.assert_array_equal(
-        items("first", SAMPLED, users=1), items("alone", {name: users[:1] for name, users in SAMPLED.items()})
-    )
-    counted = items("counted", SAMPLED, by_probability=False)
-    np.testing.assert_array_equal(counted, items("alike", alike))
-    assert not np.array_equal(counted, items("weighed", SAMPLED))
 
 
 def test_again_it_leaves_the_same_bytes(tmp_path: Path) -> None:

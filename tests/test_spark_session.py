@@ -23,7 +23,8 @@ from jobs.spark_session import session
 conf = {"spark.sql.shuffle.partitions": "5", "spark.default.parallelism": "4", "spark.driver.memory": "2g"}
 spark = session(Spark(master=sys.argv[2] or None, conf=conf))
 names = ["spark.master", *conf, "spark.driver.host"]
-print(json.dumps({name: spark.sparkContext.getConf().get(name) for name in names}))
+zone = {"zone": spark.conf.get("spark.sql.session.timeZone")}
+print(json.dumps({name: spark.sparkContext.getConf().get(name) for name in names} | zone))
 """
 
 
@@ -38,13 +39,15 @@ def submitted(folder: Path, master: str, *options: str) -> tuple[dict[str, str],
 
 
 def test_what_spark_submit_is_told_wins_over_the_settings(tmp_path: Path) -> None:
-    found, said = submitted(tmp_path, "local[2]", "--master", "local[1]", "--conf", "spark.sql.shuffle.partitions=3")
+    told = ["--conf", "spark.sql.shuffle.partitions=3", "--conf", "spark.sql.session.timeZone=Europe/Berlin"]
+    found, said = submitted(tmp_path, "local[2]", "--master", "local[1]", *told)
     assert found == {
         "spark.master": "local[1]",
         "spark.sql.shuffle.partitions": "3",
         "spark.default.parallelism": "4",
         "spark.driver.memory": "3g",  # Java runs already; this is what our spark-submit gives it
         "spark.driver.host": "127.0.0.1",
+        "zone": "UTC",  # which decides what a run date knows
     }
     assert "without spark.driver.memory of spark.conf" in said
 
