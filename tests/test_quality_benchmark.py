@@ -53,6 +53,8 @@ def test_the_figures_are_those_of_the_night(
     assert found["FilterLLM"]["distribution ndcg@10"] == pytest.approx(
         recorded["distribution", "cold ndcg@10"], abs=1e-9
     )
+    of_curve = next(row["value"] for row in metrics if row["metric"] == "calibration_error")
+    assert found["FilterLLM"]["calibration error"] == pytest.approx(of_curve, abs=1e-9)
 
     assert found["CF on warm items only"]["cold ndcg@10"] == 0.0
     assert (
@@ -268,9 +270,10 @@ def test_the_table_has_every_k_and_says_how_items_are_split() -> None:
     one = quality._table(data, {"FilterLLM": [{"test": found}]}, args)
     assert one["columns"] == [
         "method", "overall ndcg@20", "cold ndcg@20", "warm ndcg@20", "overall recall@20", "cold recall@20", "warm recall@20",
-        "distribution ndcg@20",
+        "distribution ndcg@20", "calibration error",
     ]  # fmt: skip
-    assert two["columns"] == one["columns"] + [name.replace("20", "10") for name in one["columns"][1:]]
+    of_20 = one["columns"][1:-1]
+    assert two["columns"] == ["method", *of_20, *(name.replace("20", "10") for name in of_20), "calibration error"]
     assert "split as it comes or by time, trained with seeds [7]" in one["note"]
     beauty = quality._table(DATA_SETS["amazon-beauty"], {"FilterLLM": [{"test": found}]}, args)
     assert "items split at random (seed 2026), trained with seeds [7]" in beauty["note"]

@@ -38,7 +38,7 @@ class Measured:
         return found
 
     def published(self, part: str) -> dict[str, float]:
-        """The refreshed embeddings, and the distribution on cold items."""
+        """The refreshed embeddings, and the distribution on cold items with its calibration error (udfs/reliability.py)."""
         named: dict[str, dict[str, Scorer | None]] = {}
         for split, task in self.parts[part].tasks.items():
             for name, scorer in self.systems.of(split, task):
@@ -46,6 +46,9 @@ class Measured:
                     named.setdefault(name, {})[split] = scorer
         found = self.metrics(part, named["published"])
         of_cold = self.metrics(part, named.get("distribution", {}))
+        curve = self.systems.reliability(self.parts[part].tasks["cold"]) if of_cold else None
+        if curve is not None:
+            found["calibration error"] = curve.calibration_error
         return found | {f"distribution {name.removeprefix('cold ')}": value for name, value in of_cold.items()}
 
     def floor(self, part: str, name: str) -> dict[str, float]:

@@ -3,8 +3,9 @@
     python -m jobs.benchmark quality --dataset citeulike-a --seeds 7 8 9 --encoder mpnet=FOLDER
 
 Columns, for each K of evaluate.k: overall, cold and warm from the refreshed user and item embeddings of a night, and cold
-from the distribution p(u|i) itself. A setting is chosen by the validation part (it is in the JSON as `val`); the table is of
-the test part. What is done is kept under --work, so the command goes on where it was stopped.
+from the distribution p(u|i) itself, with its calibration error (udfs/reliability.py). A setting is chosen by the validation part
+(it is in the JSON as `val`); the table is of the test part. What is done is kept under --work, so the command goes on where it was
+stopped.
 """
 
 from __future__ import annotations
@@ -105,6 +106,7 @@ def _table(data: DataSet, found: dict[str, list[dict[str, Any]]], args: argparse
     for k in conf.load(data.conf, args.overrides).evaluate.k:
         columns += [f"{split} {metric}" for metric in (f"ndcg@{k}", f"recall@{k}") for split in _SPLITS]
         columns.append(f"distribution ndcg@{k}")
+    columns.append("calibration error")
     for name, seeded in found.items():
         cells = [[one["test"][column] for one in seeded if column in one["test"]] for column in columns]
         rows.append([name, *(mean_and_spread(values) or None for values in cells)])
