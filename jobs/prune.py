@@ -88,8 +88,7 @@ def prune(lake: Lake, keep_days: int, now: datetime, *, dry_run: bool = False) -
     ]
     removed += [("staged runs", staged[name]) for name in abandoned]
     named = set(_strings([*said, *(part.facts for part in parts if part.version in kept)]))
-    for name in _CACHES:
-        _prune_cache(lake, name, {version for one in named for version in one.split("+")}, changed_since, summary)
+    # At once: a night that is running may take up a part until then.
     for kind, folder in removed:
         size = sum(info.size for info in _files(folder))
         log(f"{'would remove' if dry_run else 'removing'} {folder.uri} ({kind}, {size / 2**20:.1f} MiB)")
@@ -97,6 +96,8 @@ def prune(lake: Lake, keep_days: int, now: datetime, *, dry_run: bool = False) -
             folder.clear()
         summary["removed"][kind] = summary["removed"].get(kind, 0) + 1
         summary["bytes"] += size
+    for name in _CACHES:
+        _prune_cache(lake, name, {version for one in named for version in one.split("+")}, changed_since, summary)
     if not dry_run:  # eleven files a night, which every reader reads
         try:
             lake.table("runs").optimize.compact()
