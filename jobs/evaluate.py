@@ -231,7 +231,7 @@ def again(settings: Settings, run_date: date, *, whole: bool = False) -> dict[st
     run = published_run(settings, run_date)
     catalog = truth.catalog(run)
     found = truth.read(run, catalog, run.lake.version(settings.inputs.interactions.table), whole=whole)
-    app = f"metrics/{run.run_id}/again"
+    app = f"metrics/{run.run_id}/{'whole' if whole else 'again'}"
     before = run.lake.table("metrics").transaction_version(app) if run.lake.exists("metrics") else None
     facts = _evaluate(run, catalog, found, app, 0 if before is None else before + 1)
     return {"run_id": run.run_id, "run_date": run_date.isoformat(), **facts}
@@ -306,17 +306,23 @@ def due(settings: Settings, day: date) -> dict[str, Any]:
         log(f"[evaluate] {found['note']}")
     for late in (last - timedelta(days=n) for n in range(1, LATE_DAYS + 1)):
         row = _published_row(settings, late) if settings.evaluate.protocol == "temporal" else None
-        if (
-            row is None
-            or row["run_id"] in lake.read("metrics", columns=["run_id"], refresh_date=late)["run_id"].to_pylist()
-        ):
+        if row is None or _has_figures(lake, row["run_id"]):
             continue
         try:
             if again(settings, late, whole=True)["metrics"]:
                 measured.append(late.isoformat())
-        except ColdRefreshError as error:  # it was to be measured earlier; what is due today has been
+        except Exception as error:  # it was to be measured earlier; what is due today has been
             log(f"[evaluate] {late} has no figures yet: {error}")
     return {**found, "measured": sorted(measured)}
+
+
+def _has_figures(lake: Lake, run_id: str) -> bool:
+    """Of truth that was whole: what was measured by hand before that does not count."""
+    if not lake.exists("metrics"):
+        return False
+    metrics = lake.table("metrics")
+    apps = (f"metrics/{run_id}", f"metrics/{run_id}/whole")
+    return any(metrics.transaction_version(app) is not None for app in apps)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -24,6 +24,7 @@ from jobs.adapted_texts import FILES
 from jobs.run import Run, execute
 from tests import small_llm, staged_night
 from tests.test_refresh import BPR
+from udfs.ids import place
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -90,7 +91,7 @@ def test_an_encoder_that_is_trained_along_gives_cold_items_other_vectors(
     spoken = allmrec_reader.spoken(run, found, version, side)
     assert rows(run, own) == sorted(f"sha-{name}" for name in [*COLD, "i0-0"])
     model = allmrec_alignment.load(run, version)
-    cold = allmrec_night.place(pa.array(COLD), found.item_ids)
+    cold = place(pa.array(COLD), found.item_ids)
     q = text_embeddings.load(run, [f"sha-{name}" for name in COLD], own)
     np.testing.assert_array_equal(
         spoken.joint[cold], model.joint(np.zeros((2, 3), np.float32), q, np.ones(2, np.bool_))

@@ -88,6 +88,15 @@ def test_what_the_newest_nights_use_and_what_that_stands_on_stays(tmp_path: Path
     assert versions(tmp_path) == {"used", "aligned", "reader", "staged"}
 
 
+def test_what_a_backfill_has_just_trained_stays_and_what_that_stands_on(tmp_path: Path) -> None:
+    artifact(tmp_path, "spaces", "under", "2026-01-01")
+    artifact(tmp_path, "spaces", "old", "2026-01-01")
+    aged(artifact(tmp_path, "models", "new", "2026-01-02", space_version="under"), NOW - timedelta(hours=1))
+    night(tmp_path, NEWEST)
+    assert prune.prune(Lake(str(tmp_path)), 60, NOW)["removed"] == {"spaces": 1}
+    assert versions(tmp_path) == {"under", "new"}
+
+
 def test_what_a_night_used_stays_until_it_has_been_measured(tmp_path: Path) -> None:
     for version in ("waiting", "measured"):
         artifact(tmp_path, "models", version, "2026-01-01")

@@ -43,6 +43,7 @@ from jobs.staging import Staging
 from tests import nights, staged_night, word_llm
 from tests.recommended_night import COLD, DAY, PAIRS, night, rows_of
 from udfs import allmrec_projections
+from udfs.ids import place
 from udfs.vectors import from_column
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -297,9 +298,9 @@ def test_without_the_candidates_in_the_prompt_titles_count_by_what_the_user_adds
     catalogue = reader.catalogue(found.titles, spoken.joint, allmrec_reader.prompt_options(conf))
     for user, rows in groupby(rows_of(run.lake, summary["run_id"]), key=itemgetter("user_id")):
         own = list(rows)
-        number = allmrec_night.place(pa.array([user]), found.user_ids)
+        number = place(pa.array([user]), found.user_ids)
         history = spoken.histories(found.histories).take(number)
-        items = allmrec_night.place(pa.array([r["item_id"] for r in own]), found.item_ids)
+        items = place(pa.array([r["item_id"] for r in own]), found.item_ids)
         expected = reader.score(catalogue, side.users(number), history, items[None])[0]
         np.testing.assert_allclose([r["likelihood"] for r in own], expected, atol=1e-3)
         assert [r["score"] for r in own] == [r["likelihood"] for r in own]
@@ -372,13 +373,13 @@ def test_a_backbone_of_its_own_is_kept_and_read_by_the_ids_of_another_night(done
     another = allmrec_night.read(later.staging("snapshot"))
     same = allmrec_backbone.trained(later, another)
     assert same.version == side.version
-    at = allmrec_night.place(another.item_ids, found.item_ids)
+    at = place(another.item_ids, found.item_ids)
     np.testing.assert_array_equal(same.items[at >= 0], side.items[at[at >= 0]])
     assert another.item_ids.filter(pa.array(~same.known)).to_pylist() == ["a-novelty"]
     assert another.user_ids.filter(pa.array(~same.users_known)).to_pylist() == ["a-stranger"]
     rows = np.flatnonzero(same.users_known)
     if kind == "ncf":
-        of = allmrec_night.place(another.user_ids, found.user_ids)[rows]
+        of = place(another.user_ids, found.user_ids)[rows]
         np.testing.assert_array_equal(same.users(rows), side.users(of))
     assert same.users(rows).shape == (len(rows), 8)
     long_after = replace(later, run_date=date(2026, 3, 9))
