@@ -7,6 +7,7 @@ import importlib
 import subprocess
 import sys
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import sparse
 
-from jobs.benchmark import baselines, llminit, quality, systems
+from jobs.benchmark import baselines, coldllm, llminit, quality, systems
 from jobs.benchmark.datasets import DATA_SETS, DataSet
 from jobs.benchmark.measured import Measured
 from jobs.benchmark.quality_rows import ROWS
@@ -28,7 +29,7 @@ from tests.small_lake import RUN_DATE, SmallLake, build, tables
 from udfs import splits
 from udfs.ranking_metrics import task
 
-ROW_NAMES = ["FilterLLM", "random", "popularity", "CF on warm", "TF-IDF"]
+ROW_NAMES = ["FilterLLM", "random", "popularity", "CF on warm", "TF-IDF", "text to judgment (SmolLM2)"]
 
 
 def test_the_figures_are_those_of_the_night(
@@ -37,6 +38,9 @@ def test_the_figures_are_those_of_the_night(
     lake = undisturbed[0]
     monkeypatch.setattr(quality, "DATA_SETS", {"small": DataSet("small", str(lake.conf), lake.run_date)})
     monkeypatch.setattr(quality, "lake_of", lambda data, work: str(lake.lake))
+    # The real judge, fitted to a few pairs.
+    few = partial(coldllm.JudgeOptions, history=2, fit_users=12, fit_items=2)
+    monkeypatch.setattr(coldllm, "JudgeOptions", few)
     args = argparse.Namespace(
         dataset=["small"], seeds=[3], rows=ROW_NAMES, encoder=[], overrides=[], run_date=None, work=str(tmp_path)
     )
@@ -60,6 +64,7 @@ def test_the_figures_are_those_of_the_night(
     assert (
         found["TF-IDF ridge to the CF space"]["cold ndcg@10"] > found["random"]["cold ndcg@10"] + 0.2
     )  # the texts name the topics
+    assert found["text to judgment (SmolLM2)"]["cold ndcg@10"] > 0.0
     assert [row[0] for row in result["tables"][0]["rows"]] == list(found)
 
     def nothing(*given: Any) -> None:
