@@ -210,10 +210,8 @@ class _Scan:
         candidates = self._best.users()
         exact = torch.cat(
             [
-                (
-                    queries.double()[:, None, :] * keys.index_select(0, users.flatten()).double().view(*users.shape, -1)
-                ).sum(2)
-                for queries, users in zip(self._queries.split(32), candidates.split(32), strict=True)
+                torch.einsum("nd,nkd->nk", some.double(), keys[users.flatten()].double().view(*users.shape, -1))
+                for some, users in zip(self._queries.split(64), candidates.split(64), strict=True)
             ]
         )
         if bias is not None:
