@@ -14,11 +14,11 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from jobs.allmrec_settings import Allmrec
+from jobs.settings_checks import check
 from jobs.settings_section import Lora, told
 from jobs.settings_section import Section as _Section
 from schemas.errors import ColdRefreshError
 from udfs.cleaning import template
-from udfs.hashed_words import width_of
 
 
 class SettingsError(ColdRefreshError):
@@ -58,8 +58,8 @@ class Text(_Section):
 
     model: str = Field("minilm", description="minilm, smollm2, a directory or a hub id; words: none, hashed words")
     also: tuple[str, ...] = Field((), description="further models (or words): their vectors stand beside the first's")
-    sha256: str | None = Field(None, description="what model.safetensors must hash to; known for minilm and smollm2")
-    pooling: Literal["auto", "mean", "last_token", "cls"] = "auto"
+    sha256: str | None = Field(None, description="what model's safetensors must hash to; known for minilm and smollm2")
+    pooling: Literal["auto", "mean", "last_token", "cls"] = Field("auto", description="of model and also alike")
     prompt: str = Field(
         "{content}", description="{title}, {text} and {content} (title and text) stand for the item's fields"
     )
@@ -114,7 +114,9 @@ class Cf(_Section):
         description="bpr, lightgcn, sgl: user sets users against each other for an item, as FilterLLM's guider does",
     )
     binary: bool = Field(True, description="every pair has weight 1; otherwise log(1 + sum of weights)")
-    blocks: int = Field(2, ge=1, description="ALS: parallel blocks; 1 makes it deterministic to the last bit")
+    blocks: int = Field(
+        2, ge=1, description="als: parallel blocks, about as many as cores; 1 makes it deterministic to the last bit"
+    )
     retrain_days: int = Field(
         8,
         ge=1,
@@ -130,7 +132,7 @@ class FilterLLM(Lora):
     guiding: float = Field(1.0, ge=0, description="lambda: weight of the behaviour-guiding loss")
     mapper: Literal["linear", "linear_relu", "mlp"] = "mlp"
     hidden: int = Field(2048, ge=1, description="width of the mlp mapper")
-    dropout: float = Field(0.5, ge=0, lt=1)
+    dropout: float = Field(0.5, ge=0, lt=1, description="mlp mapper")
     noise: float = Field(1.0, ge=0, description="train-time Gaussian noise on the hidden state (mlp mapper)")
     user_init: Literal["cf", "random"] = "cf"
     user_bias: bool = True
@@ -171,7 +173,7 @@ class Refresh(_Section):
     cold: Literal["sampled", "llminit", "allmrec"] = Field(
         "sampled",
         description="where cold items' vectors come from: FilterLLM's sampled users, (cf.init=llminit) their text's start, or "
-        "their text through A-LLMRec's first stage (allmrec.alignment)",
+        "their text through A-LLMRec's first stage (allmrec.alignment); the rest of this section is for the first",
     )
     users: int | None = Field(None, ge=1, description="how many of the K users the refresh uses; all by default")
     by_probability: bool = Field(True, description="weigh the users by their probability; otherwise each counts as one")
@@ -224,6 +226,7 @@ class Evaluate(_Section):
     )
     part: Literal["val", "test"] = Field("test", description="random_item")
     bootstrap: int = Field(200, ge=0)
+    max_users: int = Field(100_000, ge=1, description="users of the truth who are asked, drawn if there are more")
     normalize_by_item: bool = Field(True, description="distribution: rank by log p(u|i) rather than by the raw logit")
 
 
@@ -278,62 +281,22 @@ class Settings(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
-        if self.refresh.users is not None and self.refresh.users > self.sampling.k:
-            raise ValueError(f"refresh.users ({self.refresh.users}) is more than sampling.k ({self.sampling.k})")
-        models = (self.text.model, *self.text.also)
-        if len(set(models)) < len(models):
-            raise ValueError(f"text.model and text.also name a model twice: {', '.join(models)}")
-        if self.text.sha256 and width_of(self.text.model) is not None:
-            raise ValueError("text.sha256 is of a language model's file, and text.model words has none")
-        tuned = [("filterllm.lora", self.filterllm.lora), ("allmrec.alignment.lora", self.allmrec.alignment.lora)]
-        for name in (name for name, on in tuned if on):
-            if self.text.also:
-                raise ValueError(f"{name} trains one language model: leave text.also empty")
-            if width_of(self.text.model) is not None:
-                raise ValueError(f"{name} trains a language model, and text.model words is none")
-        if self.cf.init == "llminit" and self.cf.model in ("als", "als_cg"):
-            raise ValueError(
-                f"cf.init llminit needs a cf.model that keeps its start (bpr, lightgcn, sgl, sgcl), not {self.cf.model}"
-            )
-        if self.cf.negatives == "user" and self.cf.model not in ("bpr", "lightgcn", "sgl"):
-            raise ValueError(f"cf.negatives user is for bpr, lightgcn and sgl; {self.cf.model} draws no negatives")
-        if self.refresh.cold == "llminit" and self.cf.init != "llminit":
-            raise ValueError(
-                "refresh.cold llminit needs cf.init llminit: otherwise texts and space have nothing in common"
-            )
-        if self.refresh.cold != "sampled" and self.refresh.method != "fold_in":
-            raise ValueError(
-                f"refresh.cold {self.refresh.cold} places cold items in the night's space, and refresh.method retrain trains "
-                "them into another one: set refresh.method fold_in, or refresh.cold sampled"
-            )
-        aligned = self.allmrec.alignment
-        if aligned.match == "none" and not aligned.text_recommendation and self.refresh.cold == "allmrec":
-            raise ValueError(
-                "refresh.cold allmrec needs texts that are tied to CF: set allmrec.alignment.match mse or infonce, or "
-                "allmrec.alignment.text_recommendation above 0"
-            )
-        if (
-            not (aligned.alpha or aligned.recommendation or aligned.text_recommendation)
-            and self.refresh.cold == "allmrec"
-        ):
-            raise ValueError(
-                "refresh.cold allmrec needs a decoder into the CF space, and nothing trains it: set allmrec.alignment.alpha, "
-                "allmrec.alignment.recommendation or allmrec.alignment.text_recommendation above 0"
-            )
-        if self.evaluate.protocol == "random_item" and self.snapshot.split is None:
-            raise ValueError("evaluate.protocol random_item needs snapshot.split")
+        check(self)
         return self
 
     def digest(self, *sections: str) -> str:
         """Hash (16 hex digits) of the settings that decide results; of `sections` only, if named.
 
-        Where the lake is, how workers run and how much an input may have shrunk is left out; of named sections also
+        Where the lake is, how workers run, into what pieces work is cut, which file a model is to be, and how much an input may
+        have shrunk is left out; of named sections also
         `retrain_days`, which says when to train and not what comes of it, so that a space is found again whatever asked for
         it. Of section allmrec a night reads the alignment only, and that for refresh.cold=allmrec: otherwise nothing there
         makes another night.
         """
         body = self.model_dump(mode="json", exclude={"lake", "storage_options", "ray", "spark", "keep_runs"})
         body["gates"].pop("kept_share")
+        for section, name in (("text", "shard_texts"), ("text", "sha256"), ("filterllm", "vocabulary_chunk")):
+            body[section].pop(name)
         if not sections:
             allmrec = body.pop("allmrec")
             if self.refresh.cold == "allmrec":

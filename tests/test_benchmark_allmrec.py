@@ -143,6 +143,23 @@ def test_an_unknown_row_is_an_error(shop: Path, tmp_path: Path) -> None:
         allmrec.run(arguments(shop, tmp_path, "--rows", "SASRec", "no such row"))
 
 
+def test_events_of_another_data_set_are_in_the_order_of_their_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLD_REFRESH_DATA", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    pd.DataFrame({"item_id": ["a", "b", "c"], "title": list("ABC")}).to_parquet(tmp_path / "mine" / "items.parquet")
+    events = pd.DataFrame({"user_id": [1, 1, 1], "item_id": ["a", "b", "c"]})
+    events.assign(event_time=pd.to_datetime(["2026-01-02", "2026-01-03", "2026-01-01"])).to_parquet(
+        tmp_path / "mine" / "interactions.parquet"
+    )
+    corpus = allmrec_data.read("mine")
+    assert (corpus.texts, corpus.histories.items.tolist()) == (["A", "B", "C"], [2, 0, 1])
+    events.to_parquet(tmp_path / "mine" / "interactions.parquet")
+    with pytest.raises(ColdRefreshError, match="neither seq nor event_time"):
+        allmrec_data.read("mine")
+
+
 def test_what_is_asked(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLD_REFRESH_DATA", str(shop))
     data = allmrec_data.read("amazon-beauty")

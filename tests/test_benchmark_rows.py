@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from jobs import plots
-from jobs.benchmark import llminit, llminit_rows, quality
-from jobs.benchmark.choice import chosen, encoders
+from jobs.benchmark import datasets, llminit, llminit_rows
+from jobs.benchmark.choice import Row, chosen, encoders
+from jobs.benchmark.datasets import DATA_SETS, DataSet
 from jobs.benchmark.quality_rows import ROWS
 from jobs.benchmark.quality_rows import rows as quality_rows
 from jobs.settings import Settings, load
@@ -22,7 +23,7 @@ from udfs.llm_init import LLMInit, text_map
 
 def _curve(tmp_path: Path, **given: Any) -> argparse.Namespace:
     usual = {"dataset": ["amazon-toys"], "seeds": [1, 2], "rows": None, "protocols": ["all"], "curve": [32, 64]}
-    usual |= {"encoder": [], "patience": 10, "look": 2, "overrides": []}
+    usual |= {"conf": None, "encoder": [], "patience": 10, "look": 2, "overrides": []}
     return argparse.Namespace(**usual | given, work=str(tmp_path), out=str(tmp_path))
 
 
@@ -81,7 +82,7 @@ def test_all_of_the_text_is_as_wide_as_the_encoder_makes_it(tmp_path: Path, monk
 
     def dimension(name: str, *overrides: str) -> int:
         args = _curve(tmp_path, overrides=list(overrides))
-        found: int = llminit._cell(by_name[name], source, "amazon-toys", "lake", 1, args)["all"]["dimension"]
+        found: int = llminit._cell(by_name[name], source, DATA_SETS["amazon-toys"], "lake", 1, args)["all"]["dimension"]
         return found
 
     assert dimension("LightGCN, LLMInit full") == 384
@@ -117,22 +118,45 @@ def test_encoders_are_rows_by_the_name_they_are_given() -> None:
         chosen(None, [row.name for row in llminit_rows.rows({"raw": "./c"})])
 
 
+def test_any_folder_of_the_data_folder_is_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLD_REFRESH_DATA", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "interactions.parquet").touch()
+
+    def named(name: str, conf: str | None = None) -> DataSet:
+        (data,) = datasets.chosen(argparse.Namespace(dataset=[name], conf=conf))
+        return data
+
+    assert (named("mine").conf, named("mine").split_seed) == ("conf/amazon.yaml", datasets.SPLIT_SEED)
+    by_time = named("mine", "conf/demo.yaml")
+    assert (by_time.conf, by_time.split_seed, by_time.split) == ("conf/demo.yaml", None, "split as it comes or by time")
+    assert named("citeulike-a", "conf/citeulike.yaml") == DATA_SETS["citeulike-a"]
+    with pytest.raises(ColdRefreshError, match=r"yours holds no interactions\.parquet"):
+        named("yours")
+    with pytest.raises(ColdRefreshError, match="the name of a folder"):
+        named("../mine")
+
+
+def test_a_curve_is_of_all_users(tmp_path: Path) -> None:
+    with pytest.raises(ColdRefreshError, match="--curve is of all users"):
+        llminit.run(_curve(tmp_path, protocols=["cold_users"]))
+
+
 @pytest.mark.parametrize("row", llminit_rows.rows({"broad": "/some/folder"}), ids=lambda row: row.name)
-def test_every_llminit_row_is_a_setting_of_the_confs(row: llminit_rows.Row) -> None:
-    found = load("conf/amazon.yaml", [*llminit_rows.BASE, *row.overrides])
+def test_every_llminit_row_is_a_setting_of_the_confs(row: Row) -> None:
+    found = load("conf/amazon.yaml", row.settings())
     assert found.cf.model in ("bpr", "lightgcn", "sgl", "sgcl")
     assert found.cf.init == ("llminit" if "LLMInit" in row.name else "random")
     assert found.text.model == (
         "/some/folder" if "broad" in row.name else "smollm2" if "SmolLM2" in row.name else "minilm"
     )
     assert found.cf.learning_rate == (0.001 if found.cf.model == "sgcl" else 0.005)
-    assert (
-        load("conf/amazon.yaml", [*llminit_rows.BASE, *row.overrides, "cf.learning_rate=0.02"]).cf.learning_rate == 0.02
-    )
+    given = row.settings(["cf.learning_rate=0.02"])
+    assert load("conf/amazon.yaml", given).cf.learning_rate == 0.02
 
 
 @pytest.mark.parametrize("row", quality_rows({"broad": "/some/folder"}), ids=lambda row: row.name)
-def test_every_row_is_a_setting_of_the_confs(row: quality.Row) -> None:
+def test_every_row_is_a_setting_of_the_confs(row: Row) -> None:
     given = row.settings()
     assert ("/some/folder" in "".join(given)) == ("broad" in row.name)
     confs = ("conf/citeulike.yaml", "conf/amazon.yaml")
@@ -157,11 +181,14 @@ def test_every_backbone_has_its_own_settings_from_every_start(model: str, start:
     assert (one.cf.model, one.cf.dimension, one.cf.epochs, one.refresh.scale) == (model.lower(), 64, 40, "auto")
     assert (one.cf.learning_rate, one.cf.batch_size) == (0.001 if model == "SGCL" else 0.005, 2048)
     assert (one.cf.init, one.cf.llminit.select if select else None) == ("llminit" if select else "random", select)
-    # What a row is cannot be changed, what is tuned can.
-    other = given("cf.model=als", "cf.learning_rate=0.02", "cf.epochs=3", "refresh.scale=2")
+    # What is tuned can be changed, what a row is cannot.
+    other = given("cf.learning_rate=0.02", "cf.epochs=3", "refresh.scale=2")
     assert (other.cf.model, other.cf.learning_rate, other.cf.epochs, other.refresh.scale) == (
         model.lower(), 0.02, 3, 2,
     )  # fmt: skip
+    for key in ("cf.model=als", "seed=8", "lake=elsewhere", "evaluate.part=val"):
+        with pytest.raises(ColdRefreshError, match=f"--set {key}: the"):
+            given(key)
 
 
 def test_the_papers_union_is_of_twenty_users_that_count_alike() -> None:

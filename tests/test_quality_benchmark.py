@@ -36,13 +36,13 @@ def test_the_figures_are_those_of_the_night(
     undisturbed: tuple[SmallLake, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spark: Any
 ) -> None:
     lake = undisturbed[0]
-    monkeypatch.setattr(quality, "DATA_SETS", {"small": DataSet("small", str(lake.conf), lake.run_date)})
+    monkeypatch.setitem(DATA_SETS, "small", DataSet("small", str(lake.conf), lake.run_date))
     monkeypatch.setattr(quality, "lake_of", lambda data, work: str(lake.lake))
     # The real judge, fitted to a few pairs.
     few = partial(coldllm.JudgeOptions, history=2, fit_users=12, fit_items=2)
     monkeypatch.setattr(coldllm, "JudgeOptions", few)
     args = argparse.Namespace(
-        dataset=["small"], seeds=[3], rows=ROW_NAMES, encoder=[], overrides=[], run_date=None, work=str(tmp_path)
+        dataset=["small"], conf=None, seeds=[3], rows=ROW_NAMES, encoder=[], overrides=[], run_date=None, work=str(tmp_path)
     )
     result = quality.run(args)
     found = {name: one[0]["test"] for name, one in result["results"]["small"].items()}
@@ -88,10 +88,10 @@ def test_a_split_by_items_is_tuned_on_its_validation_part(
     evaluate = {"protocol": "random_item", "k": [5], "bootstrap": 0}
     conf = build(tmp_path / "conf", evaluate=evaluate, snapshot={"split": {"table": "split", "train": ["train"]}}).conf
     shop = DataSet("shop", str(conf), RUN_DATE + timedelta(days=30), split_seed=5)
-    monkeypatch.setattr(quality, "DATA_SETS", {"shop": shop})
+    monkeypatch.setitem(DATA_SETS, "shop", shop)
     monkeypatch.setenv("COLD_REFRESH_DATA", str(folder.parent))
     args = argparse.Namespace(
-        dataset=["shop"], seeds=[3], rows=["FilterLLM", "random", "CF on", "TF-IDF"],
+        dataset=["shop"], conf=None, seeds=[3], rows=["FilterLLM", "random", "CF on", "TF-IDF"],
         encoder=[], overrides=[], run_date=None, work=str(tmp_path / "work"),
     )  # fmt: skip
     found = {name: one[0] for name, one in quality.run(args)["results"]["shop"].items()}
@@ -162,14 +162,14 @@ def test_the_systems_cost_what_their_stages_cost(
     undisturbed: tuple[SmallLake, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spark: Any
 ) -> None:
     lake = undisturbed[0]
-    monkeypatch.setattr(systems, "DATA_SETS", {"small": DataSet("small", str(lake.conf), lake.run_date)})
+    monkeypatch.setitem(DATA_SETS, "small", DataSet("small", str(lake.conf), lake.run_date))
     monkeypatch.setattr(systems, "lake_of", lambda data, work: str(lake.lake))
 
     def here(module: str, function: str, **given: Any) -> Any:
         return getattr(importlib.import_module(f"jobs.benchmark.{module}"), function)(**given)
 
     monkeypatch.setattr(systems, "fresh", here)
-    args = argparse.Namespace(dataset=["small"], seeds=[3], rows=["FilterLLM"], overrides=[], work=str(tmp_path))
+    args = argparse.Namespace(dataset=["small"], conf=None, seeds=[3], rows=["FilterLLM"], overrides=[], work=str(tmp_path))
     found = systems.run(args)["results"]["small"]["FilterLLM"][0]
     recorded = Lake(str(lake.lake), {}).read("runs").to_pylist()
     assert found["seconds"] == {
@@ -220,7 +220,7 @@ def test_llminit_rows_are_measured_on_a_lake(
     undisturbed: tuple[SmallLake, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spark: Any
 ) -> None:
     lake = undisturbed[0]
-    monkeypatch.setattr(llminit, "DATA_SETS", {"small": DataSet("small", str(lake.conf), lake.run_date)})
+    monkeypatch.setitem(DATA_SETS, "small", DataSet("small", str(lake.conf), lake.run_date))
     monkeypatch.setattr(llminit, "lake_of", lambda data, work: str(lake.lake))
     options = {
         "rows": ["BPR, random", "BPR, LLMInit var"],

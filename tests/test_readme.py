@@ -67,8 +67,13 @@ def test_a_benchmark_understands_its_command(command: str) -> None:
     module = importlib.import_module(f"jobs.benchmark.{subject}")
     module.add_arguments(parser)
     args = parser.parse_args(words)
-    for name in getattr(args, "dataset", []) if getattr(args, "overrides", []) else []:
-        load(REPOSITORY / DATA_SETS[name].conf, [*(llminit_rows.BASE if subject == "llminit" else ()), *args.overrides])
+    there = {"quality": quality.rows(ENCODERS), "llminit": llminit_rows.rows(ENCODERS)}.get(subject, [])
+    if getattr(args, "curve", None):
+        there = []
+    asked = chosen(args.rows, ROWS[subject]) if there else []
+    for row in (row for row in there if row.name in asked):
+        for name in args.dataset:
+            load(REPOSITORY / DATA_SETS[name].conf, row.settings(args.overrides))
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "--conf" in c])

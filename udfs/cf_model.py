@@ -30,8 +30,9 @@ ENGINES: dict[str, Literal["spark", "torch"]] = {
     "sgl": "torch",
     "sgcl": "torch",
 }
-#: Models that can be given a start, and looked at after each epoch.
+#: Models that can be given a start, and looked at after each epoch; and those of them that draw negatives.
 STARTABLE = ("bpr", "lightgcn", "sgl", "sgcl")
+DRAWS_NEGATIVES = ("bpr", "lightgcn", "sgl")
 
 
 def fit(
@@ -81,11 +82,17 @@ def fit(
 def without_pairs(model: str, params: CfParams, start: TextMap) -> TextMap:
     """What `model` scores for an item that begins at its `start` and has no pair, and so stays there.
 
-    The layers of a graph are empty around it (a mean of `params.layers` + 1 with one that is not zero).
+    Raises:
+        TypeError: the model takes no start.
     """
+    if model == "bpr":
+        return start
     if model == "sgcl":
         return replace(start, length=1.0)
-    return start if model == "bpr" else start.rotated(np.eye(params.dimension), 1 / (params.layers + 1))
+    if model in ("lightgcn", "sgl"):
+        # The layers of the graph are empty around it: a mean of them all, of which only the first is not zero.
+        return start.rotated(np.eye(params.dimension), 1 / (params.layers + 1))
+    raise TypeError(f"{model} takes no start: only {', '.join(STARTABLE)} do")
 
 
 def _fit_torch(

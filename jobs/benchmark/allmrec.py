@@ -7,7 +7,9 @@ The protocol is the paper's (arXiv 2404.11343): the last item of a user's histor
 validation; it is to be found among 19 others that the user never had, and the exact candidate counts, not a title that contains
 another. Cold and warm items are the bottom and top 35 % by training events; a cold item's text vector q_i stands in place of
 e_i. Cold users have three events and are left out of training. Few-shot: everything is trained with so many users only.
-Cross-domain: trained on Games, asked about Beauty. What is done is kept under --work.
+Cross-domain: trained on Games, asked about Beauty. What is done is kept under --work. Everything is as the paper has it (one
+example a user, its weights) but for the sizes among the options: it is the method that is compared here, and what a conf says
+of `allmrec` is for the nights.
 """
 
 from __future__ import annotations
@@ -37,15 +39,17 @@ _GROUPS = ("all", "warm items", "cold items", "cold users")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dataset", choices=DATA_SETS, nargs="+", default=list(DATA_SETS))
+    known = f"folders of the data folder (default: {' '.join(DATA_SETS)})"
+    parser.add_argument("--dataset", nargs="+", default=list(DATA_SETS), metavar="NAME", help=known)
     parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9])
     parser.add_argument("--rows", nargs="+", help=HELP + ": " + "; ".join(row.name for row in ROWS))
     parser.add_argument("--scenarios", choices=SCENARIOS, nargs="+", default=list(SCENARIOS))
     parser.add_argument("--few-shot", type=int, nargs="+", default=[256, 128], help="of how many users")
     for name in SIZES:
         default = getattr(Options(), name)
+        told = "of rows that name no text encoder of their own " if name == "text_model" else ""
         parser.add_argument(
-            f"--{name.replace('_', '-')}", type=type(default), default=default, help="(default: %(default)s)"
+            f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{told}(default: %(default)s)"
         )
     parser.add_argument("--work", default=".cache/benchmark/allmrec", help="parts and results (default: %(default)s)")
 

@@ -10,6 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from jobs.benchmark.datasets import SPLIT_SEED, data_folder
+from schemas.errors import ColdRefreshError
 from udfs.allmrec_examples import Examples, identity
 from udfs.backbone import Backbone
 from udfs.sampled_ranking import candidates
@@ -66,20 +67,30 @@ class Division:
 
 
 def read(name: str) -> Corpus:
-    """The data set of the data folder, in the order of `seq`; raises ColdRefreshError if it is not there.
+    """The data set of the data folder, in the order of `seq` or else of `event_time`.
 
     An item without a text is encoded by its title, which the texts of the Amazon sets begin with.
+
+    Raises:
+        ColdRefreshError: it is not there, or says nothing of the events' order.
     """
     folder = data_folder(name)
-    items = pd.read_parquet(folder / "items.parquet", columns=["item_id", "title", "text"]).drop_duplicates("item_id")
+    items = (
+        pd.read_parquet(folder / "items.parquet")
+        .drop_duplicates("item_id")
+        .reindex(columns=["item_id", "title", "text"])
+    )
     items = items.astype({"item_id": str}).fillna({"title": "", "text": ""}).sort_values("item_id")
     texts = items["text"].where(items["text"] != "", items["title"])
-    events = pd.read_parquet(folder / "interactions.parquet", columns=["user_id", "item_id", "seq"])
+    events = pd.read_parquet(folder / "interactions.parquet")
+    order = next((column for column in ("seq", "event_time") if column in events), None)
+    if order is None:
+        raise ColdRefreshError(f"{folder}/interactions.parquet has neither seq nor event_time: histories have an order")
     events = events.astype({"user_id": str, "item_id": str})
     item = pd.Index(items["item_id"]).get_indexer(events["item_id"])
     events, item = events[item >= 0], item[item >= 0].astype(np.int64)
     user, users = pd.factorize(events["user_id"], sort=True)
-    histories = Sequences.of(user.astype(np.int64), item, events["seq"].to_numpy(), len(users))
+    histories = Sequences.of(user.astype(np.int64), item, events[order].to_numpy(), len(users))
     return Corpus(name, items["title"].tolist(), texts.tolist(), histories)
 
 

@@ -1,9 +1,10 @@
-"""Which rows of a benchmark are asked for, and which text encoders they are measured with."""
+"""The rows of a benchmark: what each changes, which are asked for, and which text encoders they are measured with."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from schemas.errors import ColdRefreshError
 
@@ -12,6 +13,39 @@ HELP = "only these rows: a name as in the table for that row alone, or the begin
 
 #: Of an option --encoder.
 ENCODER_HELP = "another text encoder to compare, from any folder: its rows are called after NAME"
+
+# What a benchmark itself decides.
+_OWN = ("lake", "seed", "evaluate.part")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a row changes, as key=value. overrides: what makes it this row; usual: what it is tuned to, which --set may change."""
+
+    name: str
+    overrides: tuple[str, ...] = ()
+    usual: tuple[str, ...] = ()
+
+    def settings(self, given: Sequence[str] = ()) -> list[str]:
+        """The row's settings with what --set says (`given`).
+
+        Raises:
+            ColdRefreshError: --set says something that makes the row what it is, or that the benchmark decides.
+        """
+        fixed = {one.partition("=")[0]: one for one in self.overrides}
+        for one in given:
+            key = one.partition("=")[0]
+            if key in _OWN:
+                raise ColdRefreshError(f"--set {one}: the benchmark decides {key} itself")
+            if key in fixed:
+                raise ColdRefreshError(
+                    f"--set {one}: the row {self.name!r} is the one with {fixed[key]}; name other --rows"
+                )
+        return [*self.usual, *given, *self.overrides]
+
+    def at(self, dimension: int) -> Row:
+        """The row in a space of so many dimensions."""
+        return Row(f"{self.name}, d = {dimension}", (*self.overrides, f"cf.dimension={dimension}"), self.usual)
 
 
 def chosen(asked: Sequence[str] | None, known: Sequence[str]) -> list[str]:

@@ -1,20 +1,23 @@
-"""The data sets of the quality benchmark, each as a lake of its own under the benchmark's working folder.
+"""The data sets of the benchmarks, each as a lake of its own under the benchmark's working folder.
 
-citeulike and the Amazon sets are folders of a data folder ($COLD_REFRESH_DATA, or ../shared/data) and hold
-interactions.parquet and items.parquet; complete-journey comes with the package of the demo. CiteULike has FilterLLM's own
-split; the Amazon sets are split by items with SPLIT_SEED (udfs/splits.py), Complete Journey by time.
+They are folders of a data folder ($COLD_REFRESH_DATA, or ../shared/data) and hold interactions.parquet and items.parquet, with
+columns as in schemas/; complete-journey comes with the package of the demo. Any other folder there is a data set, too.
+CiteULike has FilterLLM's own split, Complete Journey is split by time; the others are split by items with SPLIT_SEED
+(udfs/splits.py) where their conf measures so.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
 import pandas as pd
 
+from jobs import settings as conf
 from jobs.formats.contract import Request
 from jobs.ingest import ingest
 from jobs.lake import Lake
@@ -30,7 +33,7 @@ SPLIT_SEED = 2026
 class DataSet:
     """Which settings a data set has, and on what dates it is measured.
 
-    conf: a file of conf/. run_date: of the test; a split by time has no validation part, and is tuned on an earlier date.
+    conf: its settings. run_date: of the test; a split by time has no validation part, and is tuned on an earlier date.
     split_seed: of the random split by items that the benchmark makes; None where the data set has a split, or is split by time.
     """
 
@@ -59,6 +62,41 @@ DATA_SETS = {
         DataSet("complete-journey", "conf/demo.yaml", date(2017, 11, 1)),
     )
 }
+
+
+def add_arguments(parser: argparse.ArgumentParser, default: str) -> None:
+    """--dataset and --conf."""
+    known = f"{', '.join(DATA_SETS)}, or another folder of the data folder (default: {default})"
+    parser.add_argument("--dataset", nargs="+", default=[default], metavar="NAME", help=known)
+    parser.add_argument(
+        "--conf", help="another than the data set's own; a folder that is not known has conf/amazon.yaml"
+    )
+
+
+def chosen(args: argparse.Namespace) -> list[DataSet]:
+    """What `add_arguments` was given.
+
+    Raises:
+        ColdRefreshError: there is no such data set.
+        jobs.settings.SettingsError: --conf cannot be used.
+    """
+    return [_named(name, args.conf) for name in args.dataset]
+
+
+def _named(name: str, settings: str | None) -> DataSet:
+    data = DATA_SETS.get(name)
+    if data is None:
+        if Path(name).name != name:
+            raise ColdRefreshError(f"--dataset {name!r}: the name of a folder in the data folder, not a path")
+        data_folder(name)
+        data = DataSet(name, "conf/amazon.yaml", split_seed=SPLIT_SEED)
+    if settings is None:
+        return data
+    by_items = conf.load(settings).evaluate.protocol == "random_item" and name not in (
+        "citeulike-a",
+        "complete-journey",
+    )
+    return replace(data, conf=settings, split_seed=SPLIT_SEED if by_items else None)
 
 
 def data_folder(name: str) -> Path:

@@ -26,11 +26,12 @@ import pandas as pd
 
 from jobs import cf, cf_start, plots, text_embeddings
 from jobs import settings as conf
+from jobs.benchmark import datasets
 from jobs.benchmark.backbones import MODELS
-from jobs.benchmark.choice import ENCODER_HELP, HELP, chosen, encoders
-from jobs.benchmark.datasets import DATA_SETS, DataSet, lake_of
+from jobs.benchmark.choice import ENCODER_HELP, HELP, Row, chosen, encoders
+from jobs.benchmark.datasets import DataSet, lake_of
 from jobs.benchmark.kept import Kept
-from jobs.benchmark.llminit_rows import BASE, Row, by_dimension, rows
+from jobs.benchmark.llminit_rows import BASE, by_dimension, rows
 from jobs.benchmark.table import mean_and_spread, table
 from jobs.run import Run, execute, log, open_run
 from schemas.errors import ColdRefreshError
@@ -49,7 +50,7 @@ _DEFINITION = 2  # raise it when the same settings are measured in another way: 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dataset", choices=list(DATA_SETS), nargs="+", default=["amazon-beauty"])
+    datasets.add_arguments(parser, "amazon-beauty")
     parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9])
     parser.add_argument("--rows", nargs="+", help=HELP)
     parser.add_argument("--protocols", choices=list(PROTOCOLS), nargs="+", default=list(PROTOCOLS))
@@ -114,16 +115,18 @@ class Source:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if other := [one for one in args.overrides if not one.startswith(("cf.", "text."))]:
         raise ColdRefreshError(f"--set {other}: of the settings this benchmark has cf and text only")
+    if args.curve and "all" not in args.protocols:
+        raise ColdRefreshError("--curve is of all users: leave --protocols out, or name all")
     wanted = _rows(args)
     tables, results = [], {}
-    for name in args.dataset:
-        data = DATA_SETS[name]
+    for data in datasets.chosen(args):
+        name = data.name
         lake = lake_of(data, Path(args.work))
         source = Source(data, lake)
         found = {}
         for row in wanted:
             try:
-                found[row.name] = [_cell(row, source, name, lake, seed, args) for seed in args.seeds]
+                found[row.name] = [_cell(row, source, data, lake, seed, args) for seed in args.seeds]
             except NarrowTextsError as error:
                 log(f"[benchmark] {name}, {row.name}: left out, {error}")
         results[name] = found
@@ -151,12 +154,12 @@ def _plot_name(name: str, args: argparse.Namespace) -> str:
     return "_".join(re.sub(r"[^\w.-]+", "-", part) for part in parts) + ".svg"
 
 
-def _cell(row: Row, source: Source, name: str, lake: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+def _cell(row: Row, source: Source, data: DataSet, lake: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """{protocol: {val, test: {group metric: value}, epoch, epochs, seconds}} of a row and seed."""
-    given = [*BASE, *row.overrides, *args.overrides, f"seed={seed}", f"lake={lake}"]
-    settings = conf.load(DATA_SETS[name].conf, given)
+    name, given = data.name, [*row.settings(args.overrides), f"seed={seed}", f"lake={lake}"]
+    settings = conf.load(data.conf, given)
     if settings.cf.init == "llminit" and settings.cf.llminit.select == "full":
-        settings = conf.load(DATA_SETS[name].conf, [*given, f"cf.dimension={source.texts(settings).shape[1]}"])
+        settings = conf.load(data.conf, [*given, f"cf.dimension={source.texts(settings).shape[1]}"])
     found = {}
     for protocol in args.protocols:
         body = [settings.digest("cf", "text" if settings.cf.init == "llminit" else "cf"), args.patience, args.look]
@@ -252,9 +255,10 @@ def _table(name: str, found: dict[str, list[dict[str, Any]]], args: argparse.Nam
     own = "; ".join(f"{name}: {' '.join(tuned)}" for name, (_, *tuned) in MODELS.items() if tuned)
     note = (
         f"Test items, seeds {args.seeds} of split and training; mean ± standard deviation. "
-        "All users; users with a single training interaction; "
-        f"users with half of theirs. Epoch: the best on the validation items, {args.patience} looks of {args.look} epochs without "
-        f"a gain end a training. Settings, the last winning: {' '.join(BASE)}; {own}; {' '.join(args.overrides) or 'no --set'}."
+        "All users; users with a single training interaction; users with half of theirs. "
+        f"Epoch: the best on the validation items, {args.patience} looks of {args.look} epochs without "
+        f"a gain end a training. Beside the row's own settings, the last winning: "
+        f"{' '.join(BASE)}; {own}; {' '.join(args.overrides) or 'no --set'}."
     )
     return table(f"LLMInit on {name}", columns, rows, note)
 

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from jobs.benchmark.backbones import MODELS, STARTS, TRAINING
+from jobs.benchmark.choice import Row
 
 #: What all rows share: the paper's dimension, and what LightGCN was tuned to; other models' own is in MODELS.
 BASE = ("cf.dimension=128", "cf.epochs=300", *TRAINING, "text.also=[]")
 
 
-@dataclass(frozen=True)
-class Row:
-    """overrides: key=value."""
-
-    name: str
-    overrides: tuple[str, ...]
-
-    def at(self, dimension: int) -> Row:
-        """The row in a space of so many dimensions."""
-        return Row(f"{self.name}, d = {dimension}", (*self.overrides, f"cf.dimension={dimension}"))
+def _row(name: str, model: tuple[str, ...], *overrides: str) -> Row:
+    """Of a CF model of MODELS."""
+    which, *tuned = model
+    return Row(name, (which, *overrides), (*BASE, *tuned))
 
 
 _LIGHTGCN = MODELS["LightGCN"]
@@ -30,20 +24,21 @@ _FULL = ("cf.init=llminit", "cf.llminit.select=full")
 
 _ROWS = (
     *(
-        Row(f"{name}, {start}", (*model, *overrides))
+        _row(f"{name}, {start}", model, *overrides)
         for name, model in MODELS.items()
         for start, overrides in (STARTS | {"LLMInit full": _FULL, "random, d = 384": ("cf.dimension=384",)}).items()
     ),
     *(
-        Row(f"LightGCN, LLMInit {select}, {scale}", (*_LIGHTGCN, *start, f"cf.llminit.scale={scale}"))
+        _row(f"LightGCN, LLMInit {select}, {scale}", _LIGHTGCN, *start, f"cf.llminit.scale={scale}")
         for select, start in (("variance", _VARIANCE), ("pca", _PCA))
         for scale in ("raw", "unit_norm")
     ),
-    Row("LightGCN, LLMInit variance, SmolLM2, last token", (*_LIGHTGCN, *_VARIANCE, "text.model=smollm2")),
-    Row(
-        "LightGCN, LLMInit variance, SmolLM2, mean", (*_LIGHTGCN, *_VARIANCE, "text.model=smollm2", "text.pooling=mean")
+    *(
+        _row(f"LightGCN, LLMInit {select}, SmolLM2, {name}", _LIGHTGCN, *start, "text.model=smollm2", *pooling)
+        for select, start in (("variance", _VARIANCE), ("PCA", _PCA))
+        for name, pooling in (("last token", ()), ("mean", ("text.pooling=mean",)))
     ),
-    Row("LightGCN, LLMInit PCA, MiniLM + words", (*_LIGHTGCN, *_PCA, "text.also=[words]")),
+    _row("LightGCN, LLMInit PCA, MiniLM + words", _LIGHTGCN, *_PCA, "text.also=[words]"),
 )
 
 
@@ -53,7 +48,7 @@ def rows(encoders: Mapping[str, str]) -> list[Row]:
     return [
         *_ROWS,
         *(
-            Row(f"LightGCN, {start}, {encoder}", (*_LIGHTGCN, *overrides, f"text.model={folder}"))
+            _row(f"LightGCN, {start}, {encoder}", _LIGHTGCN, *overrides, f"text.model={folder}")
             for encoder, folder in encoders.items()
             for start, overrides in starts.items()
         ),
@@ -63,9 +58,9 @@ def rows(encoders: Mapping[str, str]) -> list[Row]:
 def by_dimension(encoders: Mapping[str, str]) -> list[Row]:
     """The starts whose quality is measured by dimension, of LightGCN."""
     return [
-        *(Row(start, (*_LIGHTGCN, *overrides)) for start, overrides in STARTS.items()),
+        *(_row(start, _LIGHTGCN, *overrides) for start, overrides in STARTS.items()),
         *(
-            Row(f"{start}, {encoder}", (*_LIGHTGCN, *STARTS[start], f"text.model={folder}"))
+            _row(f"{start}, {encoder}", _LIGHTGCN, *STARTS[start], f"text.model={folder}")
             for encoder, folder in encoders.items()
             for start in ("LLMInit variance", "LLMInit PCA")
         ),

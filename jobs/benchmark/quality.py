@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from jobs import settings as conf
+from jobs.benchmark import datasets
 from jobs.benchmark.baselines import BASELINES, ONLY
-from jobs.benchmark.choice import ENCODER_HELP, HELP, chosen, encoders
-from jobs.benchmark.datasets import DATA_SETS, DataSet, lake_of
+from jobs.benchmark.choice import ENCODER_HELP, HELP, Row, chosen, encoders
+from jobs.benchmark.datasets import DataSet, lake_of
 from jobs.benchmark.kept import Kept
 from jobs.benchmark.measured import Measured, measure
-from jobs.benchmark.quality_rows import Row, rows
+from jobs.benchmark.quality_rows import rows
 from jobs.benchmark.table import mean_and_spread, table
 from jobs.run import log, parse_run_date
 
@@ -32,7 +33,7 @@ _FLOORS = ("random", "popularity", "text_knn")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dataset", choices=list(DATA_SETS), nargs="+", default=["citeulike-a"])
+    datasets.add_arguments(parser, "citeulike-a")
     parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9])
     parser.add_argument("--rows", nargs="+", help=HELP)
     parser.add_argument("--encoder", action="append", default=[], metavar="NAME=FOLDER", help=ENCODER_HELP)
@@ -48,8 +49,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     names = chosen(args.rows, [row.name for row in there])
     work = Path(args.work)
     tables, results = [], {}
-    for name in args.dataset:
-        data = DATA_SETS[name]
+    chosen_sets = datasets.chosen(args)
+    for data in chosen_sets:
         if args.run_date:
             data = replace(data, run_date=parse_run_date(args.run_date))
         lake = lake_of(data, work)
@@ -57,13 +58,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for row in there:
             if row.name not in names:
                 continue
-            if ONLY.get(row.name, name) != name:
+            if ONLY.get(row.name, data.name) != data.name:
                 log(f"[benchmark] {row.name}: left out, it is for {ONLY[row.name]} only")
                 continue
             found[row.name] = _row(row, data, lake, args, work)
-        results[name] = found
+        results[data.name] = found
         tables.append(_table(data, found, args))
-    seeds = {name: DATA_SETS[name].split_seed for name in args.dataset}
+    seeds = {data.name: data.split_seed for data in chosen_sets}
     return {"tables": tables, "split_seeds": seeds, "results": results}
 
 

@@ -6,24 +6,10 @@ Rows of one data set share the lake: what two have in common (text embeddings, s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from jobs.benchmark.backbones import MODELS, STARTS, TRAINING
-
-
-@dataclass(frozen=True)
-class Row:
-    """overrides: key=value, whatever --set says. usual: key=value that --set may change."""
-
-    name: str
-    overrides: tuple[str, ...] = ()
-    usual: tuple[str, ...] = ()
-
-    def settings(self, given: Sequence[str] = ()) -> list[str]:
-        """The row's settings and what --set says (`given`), the last winning."""
-        return [*self.usual, *given, *self.overrides]
-
+from jobs.benchmark.choice import Row
 
 # A space that is not the conf's own: how long cold vectors must be there is measured, since the conf's factor is for its own.
 _OTHER_SPACE = ("refresh.scale=auto",)
@@ -53,8 +39,9 @@ ROWS = (
     Row("no user bias", ("filterllm.user_bias=false",)),
     Row("mapper: linear", ("filterllm.mapper=linear",)),
     Row("mapper: linear + ReLU (the paper's)", ("filterllm.mapper=linear_relu",)),
-    # Guiding is a mean over the dimensions: as many times its weight as the width is larger (384 for 256).
-    Row("vocabulary at the LLM's width", ("filterllm.vocabulary=llm", "filterllm.guiding=1.5")),
+    # Guiding is a mean over the dimensions: as many times its weight as the width is larger, here MiniLM's 384 for 256. Where
+    # words stand beside it (1,408), --set filterllm.guiding=5.5 is the same.
+    Row("vocabulary at the LLM's width", ("filterllm.vocabulary=llm",), ("filterllm.guiding=1.5",)),
     Row("sampled softmax, uniform", ("filterllm.softmax=sampled", "filterllm.samples=1024")),
     Row(
         "sampled softmax, popularity",

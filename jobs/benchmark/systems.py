@@ -19,8 +19,9 @@ from typing import Any
 import psutil
 
 from jobs import settings as conf
+from jobs.benchmark import datasets
 from jobs.benchmark.choice import HELP, chosen
-from jobs.benchmark.datasets import DATA_SETS, DataSet, lake_of
+from jobs.benchmark.datasets import DataSet, lake_of
 from jobs.benchmark.kept import Kept
 from jobs.benchmark.measure import fresh
 from jobs.benchmark.measured import measure
@@ -41,7 +42,7 @@ SYSTEMS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dataset", choices=list(DATA_SETS), nargs="+", default=["citeulike-a"])
+    datasets.add_arguments(parser, "citeulike-a")
     parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9])
     parser.add_argument("--rows", nargs="+", help=HELP)
     parser.add_argument(
@@ -52,15 +53,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     tables, results = [], {}
-    for name in args.dataset:
-        data = DATA_SETS[name]
+    chosen_sets = datasets.chosen(args)
+    for data in chosen_sets:
         found = {
             system: [_system(data, system, seed, args.overrides, Path(args.work)) for seed in args.seeds]
             for system in chosen(args.rows, list(SYSTEMS))
         }
-        results[name] = found
+        results[data.name] = found
         tables.append(_table(data, found, args))
-    seeds = {name: DATA_SETS[name].split_seed for name in args.dataset}
+    seeds = {data.name: data.split_seed for data in chosen_sets}
     return {"tables": tables, "split_seeds": seeds, "results": results}
 
 
