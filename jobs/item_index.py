@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from jobs.lake import Lake
 from jobs.run import Run
 from jobs.staging import Staging, StagingError
+from udfs.ids import sort
 from udfs.vectors import from_column
 
 if TYPE_CHECKING:
@@ -108,14 +110,24 @@ def export(run: Run, items: pa.Table, users: pa.Table) -> dict[str, Any]:
 
 
 def _built(run: Run, items: pa.Table, users: pa.Table) -> ItemIndex:
-    items, users = items.sort_by("item_id"), users.sort_by("user_id")
-    picked = np.random.Generator(np.random.Philox(run.settings.seed)).permutation(users.num_rows)[:_QUERIES]
-    queries = from_column(users["embedding"].take(pa.array(np.sort(picked))))
+    items = sort(items, "item_id", vectors="embedding")
+    queries = _sample(users, run.settings.seed)
     index, facts = build(from_column(items["embedding"]), queries, seed=run.settings.seed)
     where = {"path": _folder(run.lake, run.run_id).path(_FILE), "run_id": run.run_id}
     return ItemIndex(
         index, items["item_id"].to_pylist(), {**facts, **where, "space_version": items["space_version"][0].as_py()}
     )
+
+
+def _sample(users: pa.Table, seed: int) -> np.ndarray:
+    """Vectors [n, d] of a sample of `users` (user_embeddings), by id."""
+    order = pc.sort_indices(users["user_id"]).to_numpy()
+    picked = np.random.Generator(np.random.Philox(seed)).permutation(len(order))[:_QUERIES]
+    rows = order[np.sort(picked)]
+    mask = np.zeros(len(order), bool)
+    mask[rows] = True
+    # Table.take would first make one array of all the users' vectors, which may be more than 2^31 numbers.
+    return from_column(users["embedding"].filter(pa.array(mask)))[np.argsort(np.argsort(rows))]
 
 
 def ready(run: Run, items: pa.Table, users: pa.Table) -> ItemIndex:

@@ -22,6 +22,7 @@ from jobs import cli, item_index
 from jobs.lake import Lake
 from jobs.run import OUTPUTS, log, parse_run_date
 from schemas.errors import ColdRefreshError
+from udfs.ids import sort
 from udfs.vectors import from_column
 
 # Sources of the vectors of items whose interactions, if they have any, do not place them yet.
@@ -69,15 +70,15 @@ class Published:
             NotPublishedError: its rows are gone (deleted and vacuumed), or not of this run and space.
             jobs.lake.LakeError: the table cannot be read.
         """
-        return self._read("sampled_interactions").sort_by([("item_id", "ascending"), ("rank", "ascending")])
+        return sort(self._read("sampled_interactions"), "item_id", "rank")
 
     def item_embeddings(self) -> pa.Table:
         """The items' vectors (schemas/item_embeddings.yaml), by id. Raises as `sampled_interactions` does."""
-        return self._read("item_embeddings").sort_by("item_id")
+        return sort(self._read("item_embeddings"), "item_id", vectors="embedding")
 
     def user_embeddings(self) -> pa.Table:
         """The users' vectors (schemas/user_embeddings.yaml), by id. Raises as `sampled_interactions` does."""
-        return self._read("user_embeddings").sort_by("user_id")
+        return sort(self._read("user_embeddings"), "user_id", vectors="embedding")
 
 
 def latest(lake: Lake, on_or_before: date | None = None) -> Published:
