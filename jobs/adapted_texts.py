@@ -4,7 +4,6 @@ trained, and afterwards texts through it, into the cache of text embeddings unde
 from __future__ import annotations
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 from jobs.ray_cluster import cluster
@@ -12,7 +11,7 @@ from jobs.run import Run, log
 from jobs.settings import Text
 from jobs.settings_section import Lora
 from jobs.staging import Staging
-from jobs.text_embeddings import TABLE, app, encoder_spec, rows, texts
+from jobs.text_embeddings import TABLE, app, cached, distinct, encoder_spec, rows, texts
 from udfs import lora
 from udfs.actor_pool import map_ordered
 from udfs.lora import AdaptedEncoderActor, LoraTexts
@@ -64,9 +63,8 @@ def encode(run: Run, model: Staging, snapshot: Staging, shas: pa.Array) -> None:
     """
     facts, ray = model.facts(), run.settings.ray
     own = facts["encoder_version"]
-    cached = run.lake.read(TABLE, columns=["text_sha256"], model_version=own)["text_sha256"].combine_chunks()
-    pending = pc.unique(shas.filter(pc.invert(pc.is_in(shas, value_set=cached))))
-    pending = pending.take(pc.sort_indices(pending))
+    wanted = distinct(shas)
+    pending = wanted.filter(pa.array(~cached(run.lake, own, wanted)[1]))
     if not len(pending):
         return
     content = texts(snapshot, pending, run.settings.text.max_tokens)

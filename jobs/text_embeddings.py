@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from schemas.errors import ColdRefreshError
 from schemas.table import table as schema
 from udfs.actor_pool import map_ordered
 from udfs.encoder_actor import EncoderActor, EncoderSpec
+from udfs.ids import Places, plain
 from udfs.model_files import default_cache
 from udfs.progress import Progress
 
@@ -73,7 +73,7 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
     """
     specs = _specs(run.settings.text)
     models = [spec.resolve() for spec in specs]
-    wanted = _distinct(run.staging("snapshot").read("items_labelled", ["text_sha256"])["text_sha256"])
+    wanted = distinct(run.staging("snapshot").read("items_labelled", ["text_sha256"])["text_sha256"])
     encoded = sum(_complete(run, spec, model.version, wanted) for spec, model in zip(specs, models, strict=True))
     return {
         "model_version": "+".join(model.version for model in models),
@@ -86,14 +86,13 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
 
 def _complete(run: Run, spec: EncoderSpec, version: str, wanted: pa.Array) -> int:
     """Encode those of the texts `wanted` that the table lacks under `version`; how many they were."""
-    cache = _Cache.open(run.lake, version)
-    pending = wanted.filter(pc.invert(pc.is_in(wanted, value_set=cache.shas))) if len(wanted) else wanted
+    at, there = cached(run.lake, version, wanted)
+    pending = wanted.filter(pa.array(~there))
     if not len(pending):
         log(f"[{TABLE}] all {len(wanted)} texts have their vectors under {version}: nothing is encoded")
         return 0
-    _encode(run, spec, version, cache, pending)
-    cache = _Cache.open(run.lake, version)
-    lost = len(wanted) - pc.sum(pc.is_in(wanted, value_set=cache.shas)).as_py()
+    _encode(run, spec, version, at, pending)
+    lost = int((~cached(run.lake, version, wanted)[1]).sum())
     if lost:
         raise TextEmbeddingsError(f"table '{TABLE}' lacks {lost} of {len(wanted)} texts of {version}; run again")
     return len(pending)
@@ -110,22 +109,21 @@ def load(run: Run, shas: list[str], model_version: str) -> np.ndarray:
     """
     if "+" in model_version:
         return np.concatenate([load(run, shas, version) for version in model_version.split("+")], axis=1)
-    asked = pa.array(shas, pa.string())
+    asked = pa.array(shas, pa.large_string())
     names = asked.unique()
-    vectors, seen = np.empty((len(names), 0), np.float32), np.zeros(len(names), bool)
+    vectors, seen, places = np.empty((len(names), 0), np.float32), np.zeros(len(names), bool), Places(names)
     for batch in _scan(run.lake, model_version, ["text_sha256", "embedding"]):
-        place = pc.index_in(batch["text_sha256"], value_set=names)
-        found = batch.filter(place.is_valid())
-        if not found.num_rows:
+        place = places(batch["text_sha256"])
+        rows = place[place >= 0]
+        if not len(rows):
             continue
-        part = _matrix(found["embedding"])
+        part = _matrix(batch["embedding"].filter(pa.array(place >= 0)))
         if not vectors.shape[1]:
             vectors = np.empty((len(names), part.shape[1]), np.float32)
         if part.shape[1] != vectors.shape[1]:
             raise TextEmbeddingsError(
                 f"table '{TABLE}' holds vectors of {vectors.shape[1]} and {part.shape[1]} numbers under {model_version}"
             )
-        rows = place.drop_null().to_numpy()
         vectors[rows], seen[rows] = part, True
     if not seen.all():
         missing = np.flatnonzero(~seen)
@@ -134,33 +132,30 @@ def load(run: Run, shas: list[str], model_version: str) -> np.ndarray:
             f"(the first: {names[int(missing[0])]}); run the stage text_embeddings"
         )
     # `names` are in the order of their first appearance: without repetitions they are `asked`.
-    return vectors if len(names) == len(asked) else vectors[pc.index_in(asked, value_set=names).to_numpy()]
+    return vectors if len(names) == len(asked) else vectors[places(asked)]
 
 
-@dataclass(frozen=True)
-class _Cache:
-    """What the table holds of one model at one version of the table (None: there is no table yet)."""
+def cached(lake: Lake, model_version: str, wanted: pa.Array) -> tuple[int | None, np.ndarray]:
+    """The newest version of the table (None: there is no table yet), and which of the distinct hashes `wanted` it holds: bool [n].
 
-    lake: Lake
-    at: int | None
-    shas: pa.Array
-
-    @classmethod
-    def open(cls, lake: Lake, model_version: str) -> _Cache:
-        if not lake.exists(TABLE):
-            return cls(lake, None, pa.array([], pa.string()))
-        at = lake.version(TABLE)
-        rows = lake.read(TABLE, columns=["text_sha256"], version=at, model_version=model_version)
-        return cls(lake, at, rows["text_sha256"].combine_chunks())
+    What it holds of the model may be many times what a night wants, so it is streamed.
+    """
+    at = lake.version(TABLE) if lake.exists(TABLE) else None
+    there, places = np.zeros(len(wanted), bool), Places(wanted)
+    if len(wanted):
+        for batch in _scan(lake, model_version, ["text_sha256"], at):
+            place = places(batch["text_sha256"])
+            there[place[place >= 0]] = True
+    return at, there
 
 
-def _encode(run: Run, spec: EncoderSpec, version: str, cache: _Cache, pending: pa.Array) -> None:
-    """Encode and commit the texts whose hashes are `pending` (sorted)."""
+def _encode(run: Run, spec: EncoderSpec, version: str, at: int | None, pending: pa.Array) -> None:
+    """Encode and commit the texts whose hashes are `pending` (sorted), which the table lacks at its version `at`."""
     text, ray = run.settings.text, run.settings.ray
     size = text.shard_texts
     shards = [pending.slice(start, size) for start in range(0, len(pending), size)]
     apps = [app(shard, version) for shard in shards]
-    sequences = run.lake.sequences(TABLE, apps, cache.at) if cache.at is not None else [0] * len(apps)
+    sequences = run.lake.sequences(TABLE, apps, at) if at is not None else [0] * len(apps)
     content = texts(run.staging("snapshot"), pending, text.max_tokens)
     log(f"[{TABLE}] {len(pending)} texts in {len(shards)} shards through {version}")
     worker = (spec, version, "cuda" if ray.gpus_per_actor > 0 else "cpu")
@@ -175,10 +170,10 @@ def _encode(run: Run, spec: EncoderSpec, version: str, cache: _Cache, pending: p
             progress.advance(len(shard))
 
 
-def _distinct(shas: pa.ChunkedArray) -> pa.Array:
-    """The distinct hashes, sorted; nulls (items without any text) left out."""
-    distinct = pc.unique(shas.drop_null())
-    return distinct.take(pc.sort_indices(distinct))
+def distinct(shas: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """The distinct hashes, sorted, with 64-bit offsets; nulls (items without any text) left out."""
+    found = pc.unique(shas.drop_null().cast(pa.large_string()))
+    return found.take(pc.sort_indices(found))
 
 
 def texts(snapshot: Staging, shas: pa.Array, max_tokens: int) -> pa.Array:
@@ -201,15 +196,15 @@ def rows(shard: pa.Array, version: str, vectors: np.ndarray) -> pa.Table:
     """Rows of the table from `vectors` [len(shard), width] float32."""
     embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
     columns = {"text_sha256": shard, "model_version": [version] * len(shard), "embedding": embedding}
-    return schema(TABLE).conform(pa.table(columns))
+    return schema(TABLE).conform(plain(pa.table(columns)))
 
 
-def _scan(lake: Lake, model_version: str, columns: list[str]) -> Iterator[pa.Table]:
-    """Batches of the rows of one model."""
+def _scan(lake: Lake, model_version: str, columns: list[str], version: int | None = None) -> Iterator[pa.Table]:
+    """Batches of the rows of one model, at a version of the table (the newest)."""
     if not lake.exists(TABLE):
         return
     types = pa.schema([schema(TABLE).arrow_schema.field(name) for name in columns])
-    reader = lake.table(TABLE).scan(columns=columns, predicate=f"model_version = '{model_version}'")
+    reader = lake.table(TABLE, version).scan(columns=columns, predicate=f"model_version = '{model_version}'")
     for batch in pa.RecordBatchReader.from_stream(reader):
         yield pa.table(batch).cast(types)
 

@@ -17,11 +17,13 @@ import pyarrow as pa
 import pytest
 
 from jobs import text_embeddings
+from jobs.lake import Lake
 from jobs.ray_cluster import cluster
 from jobs.run import Run
 from jobs.settings import RayCluster, Settings, Text
 from schemas.table import table as schema
 from udfs.hashed_words import HashedWords
+from udfs.ids import Places
 from udfs.model_files import ModelError, find_model
 from udfs.text_encoder import TextEncoder
 
@@ -190,3 +192,39 @@ def test_a_model_that_is_missing_or_another_one_stops_before_ray(tmp_path: Path)
     with pytest.raises(ModelError, match=r"f{64} is expected"):
         encode(run)
     assert not run.lake.exists("text_embeddings")
+
+
+def test_of_a_large_cache_only_what_is_wanted_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of(tmp_path / "lake")
+    shas = sorted(sha(str(n)) for n in range(40))
+    for n in range(8):
+        part = text_embeddings.rows(pa.array(shas[n * 5 : n * 5 + 5]), "m", np.full((5, 2), n, np.float32))
+        run.lake.commit("text_embeddings", part, app=str(n))
+    other = text_embeddings.rows(pa.array([sha("x")]), "another", np.zeros((1, 2), np.float32))
+    at = run.lake.commit("text_embeddings", other, app="another")
+    made: list[int] = []
+
+    class Counted(Places):
+        def __init__(self, among: pa.Array) -> None:
+            made.append(len(among))
+            super().__init__(among)
+
+    monkeypatch.setattr(text_embeddings, "Places", Counted)
+    # To read all of it at once is what fails: 33 million hashes are 2 GiB.
+    monkeypatch.setattr(Lake, "read", None)
+    wanted = text_embeddings.distinct(pa.array([shas[3], None, sha("x"), shas[30], shas[3]]))
+    version, there = text_embeddings.cached(run.lake, "m", wanted)
+    assert (version, dict(zip(wanted.to_pylist(), there.tolist(), strict=True))) == (
+        at,
+        {shas[3]: True, shas[30]: True, sha("x"): False},
+    )
+    found = text_embeddings.load(run, [shas[30], shas[3], shas[39], shas[3]], "m")
+    assert found[:, 0].tolist() == [6, 0, 7, 0]
+    assert made == [3, 3], "once, not with each batch of the table"
+    assert text_embeddings.cached(run.lake, "m", wanted.slice(0, 0))[1].tolist() == []
+    # Slices behind 2 GiB of hashes keep their place, and are committed all the same.
+    size = 3 << 29
+    offsets = np.array([0, size, 2 * size, 2 * size + 1], np.int64)
+    zeros = np.zeros(2 * size + 1, np.uint8)
+    column = pa.LargeStringArray.from_buffers(3, pa.py_buffer(offsets), pa.py_buffer(zeros))
+    assert text_embeddings.rows(column.slice(2), "m", np.zeros((1, 2), np.float32)).num_rows == 1
