@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,15 +15,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from jobs import adapted_texts, cf, text_embeddings
+from jobs import adapted_texts, cf, stranded, text_embeddings
 from jobs.run import Run
 from udfs import filterllm, filterllm_training, lora, word_map
 from udfs.checkpoints import Checkpoints
 from udfs.filterllm import FilterLLM, FilterLLMError
 from udfs.filterllm_items import held_out
 from udfs.filterllm_training import FrozenTexts, Items, Options
-from udfs.ids import place
+from udfs.ids import large, place
 from udfs.worker_group import Group
+
+_PIECE = 1 << 24
 
 
 def fit(
@@ -69,7 +72,7 @@ def fit(
             user_bias=conf.user_bias,
         )
     )
-    popularity = np.bincount(items.users, minlength=len(users))
+    popularity = items.popularity(len(users))
     start = users if conf.user_init == "cf" else None
     filterllm_training.initialise(model, start, popularity, hidden, settings.seed)
     model.to(device)
@@ -111,21 +114,42 @@ def fit(
 def trainable(run: Run, space: cf.Space) -> tuple[Items, list[str], list[str]]:
     """The warm items with a text and a vector in the space, with their users in the space; their text hashes and texts.
 
+    The users of an item are in the order of their user_idx.
+
     Raises:
         FilterLLMError: there is none.
     """
+    chosen, row_of_user = _chosen(run, space)
+    kept, counts = chosen["item_idx"].to_numpy(), chosen["users"].to_numpy()
+    number = np.full(kept.max() + 1, -1)
+    number[kept] = np.arange(len(kept))
+    indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    users = _by_item(run, row_of_user >= 0, number, indptr)
+    # In pieces: the pairs may take most of the memory.
+    for start in range(0, len(users), _PIECE):
+        users[start : start + _PIECE] = row_of_user[users[start : start + _PIECE]]
+    found = Items(chosen["item_id"].to_pylist(), space.items[chosen["row"].to_numpy()], indptr, users)
+    return found, chosen["text_sha256"].to_pylist(), _texts(run, kept)
+
+
+def listed(run: Run, space: cf.Space) -> tuple[list[str], list[str]]:
+    """The ids of the items that `trainable` gives and their text hashes; raises as it does."""
+    chosen, _ = _chosen(run, space)
+    return chosen["item_id"].to_pylist(), chosen["text_sha256"].to_pylist()
+
+
+def _chosen(run: Run, space: cf.Space) -> tuple[pa.Table, np.ndarray]:
+    """The items to train on by item_idx (item_id, text_sha256, item_idx; row: in the space; users: how many), and the row in the
+    space of each user_idx, -1 for none, [U] int64; raises as `trainable` does."""
     snapshot = run.staging("snapshot")
-    columns = ["item_id", "item_idx", "label", "content", "text_sha256"]
-    items = snapshot.read("items_labelled", columns).sort_by("item_idx")
-    users = snapshot.read("users", ["user_id", "user_idx"]).sort_by("user_idx")
-    pairs = snapshot.read("training_interactions", ["user_idx", "item_idx"]).sort_by(
-        [("item_idx", "ascending"), ("user_idx", "ascending")]
-    )
+    items = large(snapshot.read("items_labelled", ["item_id", "item_idx", "label", "text_sha256"])).sort_by("item_idx")
+    users = large(snapshot.read("users", ["user_id", "user_idx"])).sort_by("user_idx")
     row_of_user = place(users["user_id"], space.user_ids)
     row_of_item = place(items["item_id"], space.item_ids)
-    user, item = row_of_user[pairs["user_idx"].to_numpy()], pairs["item_idx"].to_numpy()
+    counts = np.zeros(items.num_rows, np.int64)
+    for user, item in stranded.pairs(run):
+        np.add.at(counts, item[row_of_user[user] >= 0], 1)
     warm, with_text = pc.equal(items["label"], "warm").to_numpy(), pc.is_valid(items["text_sha256"]).to_numpy()
-    counts = np.bincount(item[user >= 0], minlength=items.num_rows)
     usable = warm & with_text & (row_of_item >= 0) & (counts > 0)
     if not usable.any():
         raise FilterLLMError(
@@ -133,9 +157,34 @@ def trainable(run: Run, space: cf.Space) -> tuple[Items, list[str], list[str]]:
             f"{int((warm & with_text).sum())} of them have a text, and none of these has a vector and users in space "
             f"{space.version}. Add titles or texts to the table of items, or lower snapshot.warm_interactions"
         )
-    kept = np.flatnonzero(usable)
-    chosen = items.take(pa.array(kept))
-    indptr = np.concatenate([[0], np.cumsum(counts[kept])]).astype(np.int64)
-    targets = user[(user >= 0) & usable[item]].astype(np.int64)
-    found = Items(chosen["item_id"].to_pylist(), space.items[row_of_item[kept]], indptr, targets)
-    return found, chosen["text_sha256"].to_pylist(), chosen["content"].to_pylist()
+    chosen = items.drop_columns("label").append_column("row", pa.array(row_of_item))
+    return chosen.append_column("users", pa.array(counts)).filter(pa.array(usable)), row_of_user
+
+
+def _by_item(run: Run, known: np.ndarray, number: np.ndarray, indptr: np.ndarray) -> np.ndarray:
+    """The `known` users ([U] bool) of each item, user_idx int32 in ascending order: item i's stand from indptr[i] to indptr[i + 1].
+
+    Args:
+        number: i of each item_idx, -1 for an item that is not wanted; what is beyond its end is not either.
+    """
+    users, free = np.empty(indptr[-1], np.int32), indptr[:-1].copy()
+    for user, idx in stranded.pairs(run):
+        wanted = known[user] & (idx < len(number))
+        user, item = user[wanted], number[idx[wanted]]
+        order = np.argsort(item, kind="stable")[np.count_nonzero(item < 0) :]
+        user, item = user[order], item[order]
+        first = np.flatnonzero(np.diff(item, prepend=-1))
+        counts = np.diff(first, append=len(item))
+        users[np.repeat(free[item[first]] - first, counts) + np.arange(len(item))] = user
+        free[item[first]] += counts
+    for start, end in pairwise(indptr.tolist()):
+        users[start:end].sort()
+    return users
+
+
+def _texts(run: Run, item_idx: np.ndarray) -> list[str]:
+    """The texts of these items, whose indices ascend."""
+    items = run.staging("snapshot").read("items_labelled", ["item_idx", "content"])
+    # A sort makes one array of all texts it is given.
+    items = large(items.filter(pc.is_in(items["item_idx"], value_set=pa.array(item_idx))))
+    return items["content"].take(pc.sort_indices(items["item_idx"])).to_pylist()

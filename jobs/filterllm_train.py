@@ -101,8 +101,8 @@ def _models(run: Run, identity: dict[str, str]) -> list[tuple[date, str]]:
 
 def _train(run: Run, identity: dict[str, str]) -> str:
     """Train a model and leave it as an artifact; returns its version."""
-    items, shas, _ = filterllm_fit.trainable(run, cf.load_space(run, identity["space_version"]))
-    content = [*identity.values(), run.staging("snapshot").facts()["training_digest"], items.item_ids, shas]
+    items, shas = filterllm_fit.listed(run, cf.load_space(run, identity["space_version"]))
+    content = [*identity.values(), run.staging("snapshot").facts()["training_digest"], items, shas]
     version = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     artifact, checkpoints = run.artifact("models", version), run.artifact("checkpoints", version)
     if not artifact.is_complete():

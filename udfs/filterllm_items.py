@@ -13,13 +13,15 @@ import numpy as np
 import torch
 from torch import nn
 
+_PIECE = 1 << 27
+
 
 @dataclass(frozen=True)
 class Items:
     """Warm items to train on, n of them, numbered as the hidden states are.
 
-    item_ids: n ids. embeddings [n, dimension] float32: their CF vectors. indptr [n + 1], users [indptr[-1]] int64: item i's
-    users are users[indptr[i]:indptr[i + 1]], each once, as rows of the vocabulary.
+    item_ids: n ids. embeddings [n, dimension] float32: their CF vectors. indptr [n + 1], users [indptr[-1]] int32 or int64:
+    item i's users are users[indptr[i]:indptr[i + 1]], each once, as rows of the vocabulary.
     """
 
     item_ids: list[str]
@@ -28,12 +30,20 @@ class Items:
     users: np.ndarray
 
     def targets(self, index: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """indptr and users of the items `index`."""
+        """indptr and users of the items `index`, int64."""
         first = self.indptr[index]
         counts = self.indptr[index + 1] - first
         indptr = np.concatenate([[0], np.cumsum(counts)])
         flat = np.repeat(first - indptr[:-1], counts) + np.arange(indptr[-1])
-        return torch.from_numpy(indptr).to(device), torch.from_numpy(self.users[flat]).to(device)
+        return torch.from_numpy(indptr).to(device), torch.from_numpy(self.users[flat].astype(np.int64)).to(device)
+
+    def popularity(self, vocabulary: int) -> np.ndarray:
+        """How many items each of so many users has: [vocabulary] int64."""
+        counts = np.zeros(vocabulary, np.int64)
+        # In pieces: of other integers than its own np.bincount makes a copy.
+        for start in range(0, len(self.users), _PIECE):
+            counts += np.bincount(self.users[start : start + _PIECE], minlength=vocabulary)
+        return counts
 
 
 class FrozenTexts(nn.Module):
