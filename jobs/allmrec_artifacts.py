@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from jobs import cf, training_workers
 from jobs.run import Run, log
 from jobs.staging import Staging
-from udfs import allmrec_examples
+from udfs import allmrec_examples, devices
 from udfs.checkpoints import Checkpoints
 from udfs.worker_group import Group
 
@@ -94,6 +94,7 @@ def train(
         else:
             device = "cpu" if here else cf.params(run.settings).torch_device()
             found = fit(Training(version, artifact, state, device, _told))
+            devices.release(device)
         artifact.complete({**identity, "run_id": run.run_id, "trained_on": run.run_date.isoformat(), **found})
     # Not before the part is complete: until then a killed run goes on from them.
     checkpoints.clear()

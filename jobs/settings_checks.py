@@ -57,5 +57,10 @@ def check(settings: Settings) -> None:
             "refresh.cold allmrec needs a decoder into the CF space, and nothing trains it: set allmrec.alignment.alpha, "
             "allmrec.alignment.recommendation or allmrec.alignment.text_recommendation above 0"
         )
+    if settings.ray.training_workers > 1 and 0 < settings.ray.gpus_per_actor < 1:
+        raise ValueError(
+            f"ray.training_workers ({settings.ray.training_workers}) need a whole GPU each: set ray.gpus_per_actor 1, or "
+            "ray.training_workers 1"
+        )
     if settings.evaluate.protocol == "random_item" and settings.snapshot.split is None:
         raise ValueError("evaluate.protocol random_item needs snapshot.split")

@@ -256,6 +256,22 @@ def test_lora_learns_and_its_adapter_gives_the_same_vectors_again(name, targets,
     assert np.abs(fresh.encode(TEXTS) - trained).max() < 1e-4 * scale
 
 
+def test_adapters_are_not_rounded_away_by_weights_of_bfloat16():
+    directory = find_model("minilm").directory
+    encoder = TextEncoder(directory, max_tokens=8, dtype="bfloat16")
+    before = encoder.encode(TEXTS)
+    lora.attach(encoder, rank=8, alpha=32, dropout=0.0, seed=1)
+    with torch.no_grad():
+        for name, parameter in encoder.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=1e-3)  # far below the weights' rounding
+    trained = encoder.encode(TEXTS)
+    assert np.abs(trained - before).max() > 1e-3
+    fresh = TextEncoder(directory, max_tokens=8, dtype="bfloat16")
+    lora.merge(fresh, lora.dump(encoder))
+    np.testing.assert_array_equal(fresh.encode(TEXTS), trained)
+
+
 def test_adapters_of_another_model_are_refused():
     encoder = TextEncoder(find_model("minilm").directory, max_tokens=8)
     lora.attach(encoder, rank=4, alpha=8, dropout=0.0, seed=1)

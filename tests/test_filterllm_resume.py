@@ -44,7 +44,7 @@ def _lora(options, checkpoints=None, log=lambda line: None):
     return {**filterllm.dump(model), **lora.dump(encoder)}, facts
 
 
-def _kill_at(epoch: int):
+def kill_at(epoch: int):
     def log(line: str) -> None:
         if line.startswith(f"epoch {epoch}/"):
             raise Killed
@@ -68,11 +68,11 @@ def test_a_killed_training_ends_as_an_undisturbed_one(fit, changes, tmp_path: Pa
     checkpoints = Checkpoints(str(tmp_path / "state"))
     lines: list[str] = []
     with pytest.raises(Killed):  # in the first epoch, before anything is saved
-        fit(options, checkpoints, _kill_at(1))
+        fit(options, checkpoints, kill_at(1))
     assert checkpoints.load("") is None
     for epoch in (2, 3):  # epoch 2 is lost and done again, then epoch 3
         with pytest.raises(Killed):
-            fit(options, checkpoints, _kill_at(epoch))
+            fit(options, checkpoints, kill_at(epoch))
     files, found = fit(options, checkpoints, lines.append)
     assert lines[0] == "goes on behind epoch 2, which was saved"
     assert lines[1].startswith("epoch 3/")
@@ -98,7 +98,9 @@ def test_a_kill_while_the_state_is_written_leaves_the_one_before(tmp_path: Path)
 def test_checkpoints_of_other_trainings_and_broken_ones_are_refused(tmp_path: Path):
     checkpoints = Checkpoints(str(tmp_path))
     with pytest.raises(Killed):
-        _frozen(_options(epochs=3), checkpoints, _kill_at(2))
+        _frozen(_options(epochs=3), checkpoints, kill_at(2))
+    with pytest.raises(Killed):  # behind epoch 1 with less memory
+        _frozen(_options(epochs=3, vocabulary_chunk=5), checkpoints, kill_at(2))
     with pytest.raises(CheckpointError, match="another training"):
         _frozen(_options(epochs=3, guiding=2.0), checkpoints)
     with pytest.raises(CheckpointError, match="another training"):

@@ -11,6 +11,7 @@ import torch
 from tests import small_llm, test_allmrec_reader, test_judgment, word_llm
 from tests.test_cf_models import _block_matrix
 from tests.test_filterllm import DIMENSION, USERS, WIDTH, _options, _shop
+from tests.test_filterllm_resume import Killed, kill_at
 from tests.test_text_encoder import TEXTS
 from udfs import backbone, bpr, distribution_loss, lightgcn, lora, pair_training, sampled_softmax, sgcl, sgl
 from udfs.cf_inputs import CfParams
@@ -114,7 +115,7 @@ def test_text_vectors(device: str, dtype: str, tolerance: float) -> None:
 @pytest.mark.parametrize("softmax", ["full", "sampled"])
 def test_filterllm_training(device: str, softmax: str, tmp_path: Path) -> None:
     shop, hidden, vocabulary, _ = _shop()
-    options = _options(epochs=3, softmax=softmax, samples=40)
+    options = _options(epochs=4, softmax=softmax, samples=40)
     results = []
     for where in ("cpu", device):
         # What is dropped or added at random is another on each device.
@@ -122,13 +123,21 @@ def test_filterllm_training(device: str, softmax: str, tmp_path: Path) -> None:
         initialise(model, vocabulary, np.bincount(shop.users, minlength=USERS), hidden, seed=3)
         model.to(where)
         start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        texts, checkpoints = FrozenTexts(hidden).to(where), Checkpoints(str(tmp_path / where))
-        facts = train(model, texts, shop, options, [].append, checkpoints=checkpoints)
+        texts, checkpoints = FrozenTexts(hidden).to(where), Checkpoints(str(tmp_path / f"{len(results)}"))
+        facts = train(model, texts, shop, options, [].append)
         results.append((facts, model.queries(hidden)))
-        # What was saved goes back to where the model is.
+        # Killed in epoch 3, it goes on behind epoch 2: what was saved goes back to where the model is.
         model.load_state_dict(start)
-        assert train(model, texts, shop, options, [].append, checkpoints=checkpoints)["history"] == facts["history"]
-        np.testing.assert_allclose(model.queries(hidden), results[-1][1], atol=1e-4)
+        with pytest.raises(Killed):
+            train(model, texts, shop, options, kill_at(3), checkpoints=checkpoints)
+        model.load_state_dict(start)
+        lines: list[str] = []
+        again = train(model, texts, shop, options, lines.append, checkpoints=checkpoints)
+        assert lines[0] == "goes on behind epoch 2, which was saved"
+        assert [one["loss"] for one in again["history"]] == pytest.approx(
+            [e["loss"] for e in facts["history"]], rel=1e-4
+        )
+        np.testing.assert_allclose(model.queries(hidden), results[-1][1], atol=1e-3)
     (expected, queries), (found, others) = results
     for one, other in zip(expected["history"], found["history"], strict=True):
         for figure in ("loss", "guiding", "validation_nll"):

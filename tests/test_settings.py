@@ -36,6 +36,8 @@ def test_every_file_of_conf_loads_and_begins_with_its_command(path: Path) -> Non
         ("refresh.users=1000", "refresh.users"),
         ("evaluate.protocol=random_item", "snapshot.split"),
         ("cf.negatives=user", "draws no negatives"),
+        ("cf.llminit.select=variance", "cf.init is random: set cf.init llminit"),
+        ("ray={training_workers: 2, gpus_per_actor: 0.5}", "need a whole GPU each"),
         ("evaluate.k=[]", "evaluate.k"),
         ("evaluate.k=[20, 0]", "evaluate.k.1"),
         ("gates.norm_low=20", "must be below norm_high"),
@@ -79,6 +81,11 @@ def test_only_what_decides_results_makes_another_run() -> None:
     base = Settings(lake="here")
     assert base.digest() == Settings.model_validate({"lake": "there", "ray": {"actors": 9}}).digest()
     assert base.digest() != Settings.model_validate({"lake": "here", "cf": {"dimension": 32}}).digest()
+    # Into what pieces work is cut makes no other model.
+    pieces = {"text": {"shard_texts": 9, "sha256": "0" * 64}, "filterllm": {"vocabulary_chunk": 9}}
+    cut = Settings.model_validate({"lake": "here", **pieces})
+    assert base.digest() == cut.digest()
+    assert base.digest("text", "filterllm") == cut.digest("text", "filterllm")
     assert base.digest() != Settings(lake="here", seed=8).digest()
 
 

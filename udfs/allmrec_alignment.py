@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from udfs import module_files
 from udfs.allmrec_examples import AllmrecError
+from udfs.devices import forked
 from udfs.vectors import Matrix
 
 # Rows that are encoded or decoded at a time, outside of training.
@@ -218,7 +219,7 @@ def random_joint(items: int, joint: int, seed: int) -> Matrix:
 
 def build(config: Config, seed: int) -> Alignment:
     """Untrained networks; `seed` decides their start."""
-    with torch.random.fork_rng():
+    with forked():
         torch.manual_seed(seed)
         return Alignment(config)
 

@@ -108,7 +108,9 @@ def train(
     measure = None
     if validation is not None and len(validation):
         measure = _measure(model, texts, items, replace(validation, users=scale * validation.users), pool, options)
-    start = [p.detach().float().cpu().numpy() for p in whole.parameters()] + [b.cpu().numpy() for b in whole.buffers()]
+    start = [p.detach().float().cpu().numpy() for p in whole.parameters()] + [
+        b.float().cpu().numpy() for b in whole.buffers()
+    ]
     facts = ["alignment", asdict(options), asdict(model.config)]
     others = validation.arrays() if validation else []
     key = identity(facts, items, pool, *examples.arrays(), *others, *start)

@@ -11,6 +11,7 @@ from torch import nn
 
 from udfs import module_files
 from udfs.allmrec_examples import AllmrecError
+from udfs.devices import forked
 from udfs.vectors import Matrix
 
 
@@ -68,7 +69,7 @@ class Projections(nn.Module):
 
 def build(config: Config, seed: int) -> Projections:
     """Untrained projections; `seed` decides their start."""
-    with torch.random.fork_rng():
+    with forked():
         torch.manual_seed(seed)
         return Projections(config)
 

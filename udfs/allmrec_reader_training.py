@@ -97,6 +97,7 @@ def train(
         catalogue.joint.cpu().numpy(),
         pool,
         *examples.arrays(),
-        *(tensor.cpu().numpy() for tensor in projections.state_dict().values()),
+        # The scale follows from the embeddings, and each device adds them up in its own order.
+        *(tensor.cpu().numpy() for name, tensor in projections.state_dict().items() if name != "size"),
     )
     return epochs.run(projections, optimizer, epoch, options, log, None, checkpoints, key)

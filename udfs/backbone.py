@@ -16,6 +16,7 @@ import torch
 
 from udfs import gru4rec, ncf, nextitnet, sasrec
 from udfs.cf_inputs import CfError
+from udfs.devices import forked
 from udfs.sequences import Ints, Sequences, batches
 from udfs.vectors import Matrix
 
@@ -146,7 +147,7 @@ SEQUENCE_MODELS = ("sasrec", "gru4rec", "nextitnet")
 def build(kind: str, seed: int, **config: Any) -> Any:
     """An untrained model: sasrec, gru4rec, nextitnet or ncf; `config` are the fields of its Config. `seed` decides its start."""
     model, fields = _KINDS[kind]
-    with torch.random.fork_rng():
+    with forked():
         torch.manual_seed(seed)
         return model(fields(**config))
 

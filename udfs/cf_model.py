@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from udfs import devices
 from udfs.cf_inputs import CfError, CfParams, Pairs
 from udfs.vectors import Matrix
 
@@ -71,6 +72,7 @@ def fit(
         users, items = als.fit(pairs, n_users, n_items, params, seed)
     else:
         users, items = _fit_torch(model, pairs, n_users, n_items, params, seed, start, on_epoch)
+        devices.release(params.torch_device())
     if not (np.isfinite(users).all() and np.isfinite(items).all()):
         raise CfError(
             f"{model} gave embeddings that are not finite: lower cf.learning_rate, or raise cf.regularization "

@@ -15,6 +15,7 @@ from torch import nn
 
 from udfs.cf_inputs import CfError
 from udfs.checkpoints import Checkpoints, restore, state
+from udfs.devices import forked
 from udfs.sequences import Sequences
 
 
@@ -71,7 +72,7 @@ def run(
             break
         seed = int(np.random.SeedSequence([options.seed, number]).generate_state(1, np.uint64)[0] >> np.uint64(1))
         model.train()
-        with torch.random.fork_rng():
+        with forked(next(iter(named.values())).device if named else "cpu"):
             torch.manual_seed(seed)
             loss = epoch(seed)
         if not math.isfinite(loss):

@@ -21,6 +21,7 @@ from torch import nn
 
 from udfs import sampled_softmax
 from udfs.checkpoints import Checkpoints, restore, state
+from udfs.devices import forked
 from udfs.distribution_loss import guiding_loss, loss
 from udfs.filterllm import FilterLLM, FilterLLMError
 from udfs.filterllm_items import FrozenTexts, Items, at_most, held_out
@@ -64,7 +65,7 @@ def initialise(
     the scale of 1 / sqrt(dimension) when None; the bias to the centred log of the users' interactions `popularity` [users];
     mean and std to those of the hidden states [n, width].
     """
-    with torch.random.fork_rng(), torch.no_grad():
+    with forked(model.vocabulary.device), torch.no_grad():
         torch.manual_seed(seed)
         for module in model.mapper.modules():
             if isinstance(module, nn.Linear):
@@ -114,7 +115,7 @@ def train(
         CheckpointError: what is saved there is another training's, or unreadable.
         FilterLLMError: the loss is no longer a number.
     """
-    with torch.random.fork_rng():
+    with forked(model.vocabulary.device):
         training = _Training(model, texts, at_most(items, options.max_users, options.seed), options, group or Group())
         return training.run(log if training.group.rank == 0 else lambda line: None, checkpoints)
 
@@ -287,7 +288,8 @@ class _Training:
         """Hash of what the training is made from, but the texts: options, model, items, processes, and where it begins."""
         digest = hashlib.sha256()
         facts = [
-            asdict(self.options),
+            # Into what pieces work is cut may change: less memory is what a killed training may need.
+            {name: value for name, value in asdict(self.options).items() if name != "vocabulary_chunk"},
             asdict(self.model.config),
             list(self.named),
             self.items.item_ids,

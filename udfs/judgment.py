@@ -142,11 +142,13 @@ class Judge:
                 for row, user in enumerate(users):
                     rows_of[user].append(row)
                 of_row = [suffixes[item] for item in items]
-                for group in batches([len(prefix) for prefix in prefixes], self.encoder.batch_tokens):
+                for group in batches(
+                    [len(prefix) for prefix in prefixes], self.encoder.batch_tokens, self.encoder.device
+                ):
                     rows = [(row, number) for number, user in enumerate(group) for row in rows_of[user]]
                     self._shared([prefixes[user] for user in group], rows, of_row, found)
             else:
-                for batch in batches(lengths, self.encoder.batch_tokens):
+                for batch in batches(lengths, self.encoder.batch_tokens, self.encoder.device):
                     whole = [prefixes[users[row]] + suffixes[items[row]] for row in batch]
                     found[batch] = self.encoder.forward(whole).cpu().numpy()
         return found
@@ -178,7 +180,9 @@ class Judge:
         layers = model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True).past_key_values.layers
         length = mask.sum(1)
         # Similar suffixes together, as many as the cache takes with a copy of their prefixes.
-        for batch in batches([ids.shape[1] + len(suffixes[row]) for row, _ in rows], self.cache_tokens):
+        for batch in batches(
+            [ids.shape[1] + len(suffixes[row]) for row, _ in rows], self.cache_tokens, self.encoder.device
+        ):
             of = torch.tensor([rows[at][1] for at in batch], device=device)
             cache = DynamicCache()
             for number, layer in enumerate(layers):

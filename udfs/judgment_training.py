@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from udfs import lora
+from udfs.devices import forked
 from udfs.judgment import Ints, Judge
 
 # Strengths of the ridge that cross-validation chooses from (sklearn's C, of standardised states).
@@ -98,7 +99,7 @@ def fine_tune(
     optimizer = torch.optim.AdamW([*adapters, direction, bias], lr=options.learning_rate, weight_decay=0.0)
     rng = np.random.Generator(np.random.Philox(options.seed))
     order = np.concatenate([rng.permutation(len(labels)) for _ in range(_rounds(options, len(labels)))])
-    with torch.random.fork_rng():
+    with forked(encoder.device):
         torch.manual_seed(options.seed)
         encoder.model.train()
         for step in range(1, options.steps + 1):
@@ -113,7 +114,7 @@ def fine_tune(
             optimizer.step()
             if step % 10 == 0 or step == options.steps:
                 log(f"judge: step {step}/{options.steps}, loss {float(loss.detach()):.4f}")
-    encoder.model = encoder.model.merge_and_unload().eval()
+    lora.settle(encoder)
     judge.direction, judge.bias = direction.detach(), float(bias.detach())
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from schemas.errors import ColdRefreshError
+from udfs.devices import forked
 from udfs.encoder_actor import EncoderSpec
 from udfs.text_encoder import TextEncoder, batches
 
@@ -51,7 +52,7 @@ def _attach(encoder: TextEncoder, layers: list[str], *, rank: int, alpha: int, d
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=layers)
-    with torch.random.fork_rng():
+    with forked(encoder.device):
         torch.manual_seed(seed)
         encoder.model = get_peft_model(encoder.model, config).to(encoder.device)
 
@@ -91,7 +92,7 @@ class LoraTexts(nn.Module):
         """[B, width] float32 of the texts numbered `index`; texts of similar length go through the model together."""
         order, found = [], []
         with torch.autocast("cuda", torch.bfloat16, enabled=torch.device(self._encoder.device).type == "cuda"):
-            for rows in batches(self.lengths[index].tolist(), self._encoder.batch_tokens):
+            for rows in batches(self.lengths[index].tolist(), self._encoder.batch_tokens, self._encoder.device):
                 order += rows
                 found.append(self._encoder.forward([self._texts[index[row]] for row in rows]))
         # Each row's place among what was computed.
@@ -110,7 +111,7 @@ def dump(encoder: TextEncoder) -> dict[str, bytes]:
 
 
 def merge(encoder: TextEncoder, files: dict[str, bytes]) -> None:
-    """Add the saved adapters to the weights of `encoder.model`, in place: it encodes as the trained model did.
+    """Put the saved adapters into `encoder.model`, in place: it encodes as the trained model did.
 
     Raises:
         LoraError: the files are unreadable, or were made for another model.
@@ -131,7 +132,14 @@ def merge(encoder: TextEncoder, files: dict[str, bytes]) -> None:
             f"saved adapters do not fit this language model: {len(different)} tensors differ, the first {different[0]}"
         )
     set_peft_model_state_dict(encoder.model, tensors)
-    encoder.model = encoder.model.merge_and_unload().eval()
+    settle(encoder)
+
+
+def settle(encoder: TextEncoder) -> None:
+    """Ready to encode: adapters are added to weights of float32, and stay beside those of bfloat16, which would round them away."""
+    if all(parameter.dtype == torch.float32 for parameter in encoder.model.parameters()):
+        encoder.model = encoder.model.merge_and_unload()
+    encoder.model.eval()
 
 
 def encoder_of(spec: EncoderSpec, expected_version: str, device: str) -> TextEncoder:

@@ -143,6 +143,8 @@ def _work(config: dict[str, Any]) -> tuple[str, Any]:
     import ray.train.torch
     import torch
 
+    from udfs.devices import release
+
     context = ray.train.get_context()
     group, log = Group(context.get_world_rank(), context.get_world_size()), config["log"]
     local = not torch.distributed.is_initialized()
@@ -158,7 +160,10 @@ def _work(config: dict[str, Any]) -> tuple[str, Any]:
             )
         if not local and group.rank == 0:
             log(f"{group.size} workers on {device.type}; the first has the process id {os.getpid()}")
-        return "value", config["task"](*config["arguments"], group=group, device=device, log=log)
+        try:
+            return "value", config["task"](*config["arguments"], group=group, device=device, log=log)
+        finally:
+            release(device)
     except ColdRefreshError as error:
         # The same input would raise it again. Of several workers the others would wait for one that returns.
         if group.size == 1 and not local:

@@ -21,7 +21,7 @@ from udfs.model_files import ModelError
 # More characters than any sensible text has per token: what is cut here would be truncated as tokens anyway.
 CHARACTERS_A_TOKEN = 64
 # From so many tokens on a larger batch is no faster a token, and rows shorter than this share of the longest begin a new one.
-_WORTH_A_BATCH, _ALIKE = 512, 0.85
+_WORTH_A_BATCH, _ALIKE = {"cpu": 512, "cuda": 8192}, 0.85
 
 
 def readable(text: str, max_tokens: int) -> str:
@@ -84,7 +84,7 @@ class TextEncoder:
         """
         vectors = np.empty((len(texts), self.width), np.float32)
         tokens = self.tokens(texts)
-        for rows in batches([len(ids) for ids in tokens], self.batch_tokens):
+        for rows in batches([len(ids) for ids in tokens], self.batch_tokens, self.device):
             with torch.inference_mode():
                 vectors[rows] = self.forward([tokens[row] for row in rows]).cpu().numpy()
         broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
@@ -141,16 +141,17 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: Literal["mean", "las
     return kept.sum(dim=1) / mask.sum(dim=1, keepdim=True)
 
 
-def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+def batches(lengths: Sequence[int], batch_tokens: int, device: str = "cpu") -> Iterator[list[int]]:
     """Row numbers of each batch: of similar length, longest first, at most `batch_tokens` with padding (or one row).
 
-    A batch that is large enough to keep a processor busy ends early where the next row would be mostly padding.
+    A batch that is large enough to keep the device busy ends early where the next row would be mostly padding.
     """
+    worth = _WORTH_A_BATCH[torch.device(device).type]
     batch: list[int] = []
     for row in sorted(range(len(lengths)), key=lambda r: (-lengths[r], r)):
         longest = lengths[batch[0]] if batch else 0
         full = (len(batch) + 1) * longest > batch_tokens
-        if batch and (full or (len(batch) * longest >= _WORTH_A_BATCH and lengths[row] < _ALIKE * longest)):
+        if batch and (full or (len(batch) * longest >= worth and lengths[row] < _ALIKE * longest)):
             yield batch
             batch = []
         batch.append(row)

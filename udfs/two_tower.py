@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from udfs.devices import forked
 from udfs.streaming_topk import Selection, top_k
 from udfs.vectors import Matrix
 
@@ -85,7 +86,7 @@ def train(
     profiles = torch.from_numpy(user_inputs(states, indptr, indices)).to(device)
     items = torch.from_numpy(np.array(states, np.float32)).to(device)
     sizes = torch.from_numpy(counts.astype(np.float32)).to(device)[:, None]
-    with torch.random.fork_rng():
+    with forked():
         torch.manual_seed(options.seed)
         model = TwoTower(states.shape[1], options).to(device)
     model.mean.copy_(items.mean(0))

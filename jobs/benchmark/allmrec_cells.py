@@ -54,7 +54,7 @@ def cell(
     Args:
         other: cross-domain: the corpus that is asked about; the parts are trained on `corpus` and `division`.
     """
-    parts = Parts(folder, corpus, division, seed, scenario)
+    parts = Parts(folder, corpus, division, seed, scenario, options.device)
     asked = division.asked
     if other is not None:
         test = allmrec_data.divide(other, None, seed, options.test_users, options.cold_users).asked.of(["all"])
@@ -64,7 +64,7 @@ def cell(
         return None
     asked = asked.of(names)
     scores, before = _scores(options, parts, asked, other)
-    found, scoring = measured(lambda: ranks(scores()))
+    found, scoring = measured(lambda: ranks(scores()), options.device)
     figures: dict[str, float] = {}
     users = {name: int(rows.sum()) for name, rows in asked.groups.items() if rows.any()}
     for name in users:
@@ -113,7 +113,7 @@ def _several(options: Options, parts: Parts, other: Corpus | None) -> tuple[Any,
         cost = of_reader if options.user or options.items else cost + of_reader
 
     def several(*asked: Any) -> tuple[list[Matrix], Cost]:
-        found, spent = measured(lambda: [kind(*asked) for kind in kinds])
+        found, spent = measured(lambda: [kind(*asked) for kind in kinds], options.device)
         if read is None:
             return found, spent
         likelihoods, reading = read(*asked)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import safetensors.numpy
+import torch
 
 from jobs.benchmark import allmrec_data
 from jobs.benchmark.allmrec_data import Corpus, Division
@@ -75,12 +76,19 @@ class Part:
     key: str
 
 
-def measured(work: Callable[[], Found]) -> tuple[Found, Cost]:
-    """What `work` gives, its seconds and its peak memory beyond what was there before."""
-    found: list[Found] = []
-    begun = time.perf_counter()
-    memory = peak_memory(lambda: found.append(work()))
-    return found[0], Cost(time.perf_counter() - begun, memory)
+def measured(work: Callable[[], Found], device: str) -> tuple[Found, Cost]:
+    """What `work` gives, its seconds and its peak memory on `device` beyond what was there before."""
+    found: list[tuple[Found, float]] = []
+
+    def timed() -> None:
+        begun = time.perf_counter()
+        value = work()
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize()
+        found.append((value, time.perf_counter() - begun))
+
+    memory = peak_memory(timed, device)
+    return found[0][0], Cost(found[0][1], memory)
 
 
 @cache
@@ -92,9 +100,11 @@ def model_of(name: str) -> ModelFiles:
 class Parts:
     """The parts of one corpus, division and seed, in `folder`."""
 
-    def __init__(self, folder: Path, corpus: Corpus, division: Division, seed: int, scenario: str) -> None:
+    def __init__(
+        self, folder: Path, corpus: Corpus, division: Division, seed: int, scenario: str, device: str = "cpu"
+    ) -> None:
         self.folder, self.corpus, self.division, self.seed = folder, corpus, division, seed
-        self._scenario = scenario
+        self._scenario, self.device = scenario, device
 
     def _part(
         self, kind: str, made_of: list[Any], under: list[Part], make: Callable[[Checkpoints], dict[str, bytes]]
@@ -107,7 +117,7 @@ class Parts:
         done = folder / "facts.json"
         if not done.exists():
             log(f"[benchmark] {self.corpus.name}, {self._scenario}, seed {self.seed}: {kind} {json.dumps(made_of)}")
-            files, cost = measured(lambda: make(Checkpoints(str(folder / "state"))))
+            files, cost = measured(lambda: make(Checkpoints(str(folder / "state"))), self.device)
             folder.mkdir(parents=True, exist_ok=True)
             for name, body in files.items():
                 (folder / name).write_bytes(body)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from jobs import allmrec_night
 from jobs.benchmark import coldllm
@@ -101,7 +102,7 @@ def text_to_judgment(night: Measured, tune_steps: int = 0) -> np.ndarray:
     states[there] = found
     histories = allmrec_night.read(night.run.staging("snapshot")).histories
     indptr, indices = histories.indptr, histories.items
-    device = "cuda" if settings.ray.gpus_per_actor else "cpu"
+    device = "cuda" if settings.ray.gpus_per_actor and torch.cuda.is_available() else "cpu"
     towers = two_tower.Options(seed=settings.seed)
     users = coldllm.candidates(states, indptr, indices, cold, options=towers, device=device)
     options = coldllm.JudgeOptions(seed=settings.seed, dtype="bfloat16", device=device, tune_steps=tune_steps)

@@ -50,7 +50,7 @@ def candidates(
     warm, at = np.unique(indices, return_inverse=True)
     model = two_tower.train(states[warm], indptr, at, options or two_tower.Options(), log, device=device)
     profiles = two_tower.user_inputs(states[warm], indptr, at)
-    return two_tower.candidates(model, states[cold], profiles, k, np.diff(indptr) > 0).users.numpy()
+    return two_tower.candidates(model, states[cold], profiles, k, np.diff(indptr) > 0).users.cpu().numpy()
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def _measure(model: str, texts: list[str]) -> dict[str, Any]:
         "width": encoder.width,
         "weights": layer_weights(encoder.model),
         "batches": {
-            OURS: len(list(batches(lengths, encoder.batch_tokens))),
+            OURS: len(list(batches(lengths, encoder.batch_tokens, encoder.device))),
             **dict.fromkeys((ST, PLAIN), -(-len(texts) // BATCH)),
         },
         "differ": {n: float((np.linalg.norm(v - exact, axis=1) / length).max()) for n, v in vectors.items()},

@@ -23,6 +23,7 @@ from jobs.benchmark.table import table
 from jobs.run import log
 from schemas.errors import ColdRefreshError
 from udfs import two_tower
+from udfs.devices import forked
 from udfs.filterllm import Config, FilterLLM
 from udfs.fold_in import to_csr
 from udfs.judged_pairs import recent
@@ -218,7 +219,7 @@ class _Scorer:
     """FilterLLM's mapper and vocabulary, and ColdLLM's towers, of the right shapes; what their weights are costs nothing."""
 
     def __init__(self, encoder: TextEncoder, users: int, seed: int) -> None:
-        with torch.random.fork_rng():
+        with forked(encoder.device):
             torch.manual_seed(seed)
             self.model = FilterLLM(Config(width=encoder.width, dimension=_WIDTH, users=users)).to(encoder.device)
             self.model.vocabulary.data.normal_()

@@ -44,8 +44,10 @@ def interleaved(methods: Mapping[str, Callable[[], Any]], repeats: int) -> dict[
     return seconds
 
 
-def peak_memory(work: Callable[[], Any]) -> int:
+def peak_memory(work: Callable[[], Any], where: str | None = None) -> int:
     """Bytes that a call of `work` needs at its peak beyond what was there before: on a GPU of its memory, else resident.
+
+    where: the device that it runs on; `device()` by default.
 
     Call it once in a process (see `fresh`): what an earlier call freed may be used again unseen.
 
@@ -53,7 +55,7 @@ def peak_memory(work: Callable[[], Any]) -> int:
         ColdRefreshError: there is neither a GPU nor Linux's /proc.
     """
     gc.collect()
-    if torch.cuda.is_available():
+    if torch.device(where or device()).type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
