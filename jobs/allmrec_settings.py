@@ -1,7 +1,9 @@
 """Section `allmrec` of the settings: what a person may choose about A-LLMRec (arXiv 2404.11343).
 
-Defaults are the paper's, except that the number of examples is bounded and the sentence encoder, which is that of `text`, is
-frozen; with allmrec.alignment.lora it is trained along, by adapters.
+Defaults are the paper's, except: the backbone is the night's own space (the paper's: sasrec) and the language model SmolLM2
+(OPT-6.7B); every event of a history is an example (its last item), at most so many of them; the sentence encoder, which is that of
+`text`, is frozen (with allmrec.alignment.lora it is trained along, by adapters); which epoch is kept is decided by held-out
+items' texts; and likelihood and nearness are weighed (by likelihood alone).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""SGCL: supervised graph contrastive learning, with neither sampled negatives nor views (Yang et al. 2025, arXiv 2503.01814).
+"""SGCL: supervised graph contrastive learning, with neither sampled negatives nor views (as arXiv 2503.01814 trains it).
 
 A pair's user and item are to be near each other; the batch's users are to be far from each other, and its items too.
 """
