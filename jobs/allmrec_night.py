@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.staging import Staging
+from udfs.ids import large
 from udfs.sequences import Ints, Sequences
 
 Mask = npt.NDArray[np.bool_]
@@ -44,9 +45,9 @@ class Night:
 def read(snapshot: Staging) -> Night:
     """The night of a complete stage `snapshot`; raises jobs.staging.StagingError if it is not complete."""
     snapshot.facts()
-    users = snapshot.read("users", ["user_id", "user_idx"]).sort_by("user_idx").combine_chunks()
+    users = large(snapshot.read("users", ["user_id", "user_idx"])).sort_by("user_idx").combine_chunks()
     columns = ["item_id", "item_idx", "label", "title", "content", "text_sha256"]
-    items = snapshot.read("items_labelled", columns).sort_by("item_idx").combine_chunks()
+    items = large(snapshot.read("items_labelled", columns)).sort_by("item_idx").combine_chunks()
     columns = ["user_idx", "item_idx", "weight", "last_time", "last_seq"]
     pairs = snapshot.read("training_interactions", columns)
     user, item = (pairs[name].to_numpy().astype(np.int64) for name in ("user_idx", "item_idx"))

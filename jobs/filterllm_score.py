@@ -27,6 +27,7 @@ from udfs import user_sampling
 from udfs.actor_pool import map_ordered
 from udfs.filterllm import FilterLLM, FilterLLMError
 from udfs.filterllm_items import held_out
+from udfs.ids import large, plain
 from udfs.progress import Progress
 from udfs.scorer_actor import Sampling, Scorer
 
@@ -51,7 +52,7 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
         jobs.ray_cluster.ClusterError, udfs.actor_pool.WorkerError: Ray or a worker failed.
     """
     trained = run.staging("filterllm_train").facts()
-    vocabulary = run.artifact("models", trained["model_version"]).read("users")["user_id"].combine_chunks()
+    vocabulary = large(run.artifact("models", trained["model_version"]).read("users"))["user_id"].combine_chunks()
     allowed = _allowed(run, vocabulary)
     version = _scoring_version(run, trained["model_version"], vocabulary.filter(pa.array(allowed)))
     items = run.staging("snapshot").read("items_labelled", ["item_id", "label", "text_sha256"])
@@ -64,9 +65,9 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
     cold = items.filter(pc.and_(asked, pc.is_valid(items["text_sha256"])))
     held = _held_out(run, items.filter(pc.invert(asked)))
     wanted = pa.concat_tables([cold, held] if cold.num_rows else [cold])
-    wanted = wanted.select(["item_id", "text_sha256"]).sort_by("item_id").combine_chunks()
+    wanted = large(wanted.select(["item_id", "text_sha256"])).sort_by("item_id").combine_chunks()
     done = _cached(run, version, wanted)
-    pending = wanted.filter(pc.invert(pc.is_in(wanted["item_id"], value_set=done["item_id"].combine_chunks())))
+    pending = wanted.filter(pc.invert(pc.is_in(wanted["item_id"], value_set=done["item_id"])))
     if not cold.num_rows:
         log("[filterllm_score] no cold item with a text tonight: nothing to score")
     elif not pending.num_rows:
@@ -77,11 +78,11 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
         lost = wanted.num_rows - pc.count_distinct(done["item_id"]).as_py()
         if lost:
             raise FilterLLMError(f"table '{TABLE}' lacks {lost} of {wanted.num_rows} items of {version}; run again")
-    is_cold = pc.is_in(done["item_id"], value_set=cold["item_id"].combine_chunks())
+    is_cold = pc.is_in(done["item_id"], value_set=cold["item_id"])
     sampled = done.filter(is_cold)
-    out.write("sampled", sampled.select(_STAGED))
-    out.write("held_out", done.filter(pc.invert(is_cold)).select(_STAGED))
-    scored = pc.sum(pc.is_in(pending["item_id"], value_set=cold["item_id"].combine_chunks())).as_py() or 0
+    out.write("sampled", plain(sampled.select(_STAGED)))
+    out.write("held_out", plain(done.filter(pc.invert(is_cold)).select(_STAGED)))
+    scored = pc.sum(pc.is_in(pending["item_id"], value_set=cold["item_id"])).as_py() or 0
     return {
         "items": cold.num_rows,
         "rows": sampled.num_rows,
@@ -112,7 +113,7 @@ def _allowed(run: Run, vocabulary: pa.Array) -> np.ndarray:
     Raises:
         FilterLLMError: nobody is left.
     """
-    users = run.staging("snapshot").read("users", ["user_id"])["user_id"].combine_chunks()
+    users = run.staging("snapshot").read("users", ["user_id"])["user_id"]
     allowed = pc.is_in(vocabulary, value_set=users).to_numpy(zero_copy_only=False)
     if not allowed.any():
         raise FilterLLMError(
@@ -134,8 +135,8 @@ def _scoring_version(run: Run, model_version: str, users: pa.Array) -> str:
 
 
 def _cached(run: Run, version: str, cold: pa.Table) -> pa.Table:
-    """The rows of `cold` items (item_id, text_sha256) in the table, sorted by item and rank; each once."""
-    rows = run.lake.read(TABLE, scoring_version=version)
+    """The rows of `cold` items (item_id, text_sha256; large) in the table, large too, sorted by item and rank; each once."""
+    rows = large(run.lake.read(TABLE, scoring_version=version))
     rows = rows.join(cold, ["item_id", "text_sha256"], join_type="left semi")
     rows = rows.sort_by([("item_id", "ascending"), ("rank", "ascending")]).combine_chunks()
     # Two runs that scored at once may both have written an item.

@@ -23,6 +23,7 @@ from schemas.errors import ContractError
 from schemas.table import table as schema
 from udfs import gate_views
 from udfs.cleaning import SET_ASIDE
+from udfs.ids import large
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -165,7 +166,7 @@ def _sampled_views(run: Run, items: pa.Table, users: pa.Table, of_strangers: pa.
 
 
 def _cold_with_text(items: pa.Table) -> pa.ChunkedArray:
-    return items.filter(pc.and_(pc.equal(items["label"], "cold"), pc.is_valid(items["content"])))["item_id"]
+    return items.filter(pc.and_(pc.equal(items["label"], "cold"), pc.is_valid(items["text_sha256"])))["item_id"]
 
 
 def _item_views(run: Run, items: pa.Table, placed: np.ndarray, of_strangers: pa.Array) -> list[View]:
@@ -178,7 +179,7 @@ def _item_views(run: Run, items: pa.Table, placed: np.ndarray, of_strangers: pa.
     rows["new_norm_share"] = rows["norm_share"].where(rows["source"] != "cf")
     rows["known"] = rows.pop("label").notna()
     rows["days_ahead"] = (rows["updated_at"] - run.midnight).dt.total_seconds() / 86400
-    must = np.asarray(pc.is_valid(items["content"]).to_numpy(), dtype=bool) | placed
+    must = np.asarray(pc.is_valid(items["text_sha256"]).to_numpy(), dtype=bool) | placed
     must &= placed | np.asarray(pc.equal(items["label"], "cold")) | gate_views.known(items["item_id"], of_strangers)
     expected = items.select(["item_id", "label"]).filter(pa.array(must))
     expected = expected.append_column("embedded", pa.array(gate_views.known(expected["item_id"], embedded["item_id"])))
@@ -217,8 +218,8 @@ def output_views(run: Run) -> tuple[list[View], dict[str, Any]]:
     # Method retrain makes a space of its own; otherwise the vectors must be in the space that stage cf named.
     space = run.staging("refresh" if settings.refresh.method == "retrain" else "cf").facts()
     users = _staged(snapshot, "users")
-    items = _staged(snapshot, "items_labelled", ["item_id", "item_idx", "label", "content"]).sort_by("item_idx")
-    users = users.sort_by("user_idx")
+    items = _staged(snapshot, "items_labelled", ["item_id", "item_idx", "label", "text_sha256"])
+    items, users = large(items).sort_by("item_idx"), large(users).sort_by("user_idx")
     trained = run.artifact("spaces", space["space_version"]).read("users", ["user_id"])
     in_space = gate_views.known(users["user_id"], trained["user_id"])
     placed = np.zeros(items.num_rows, dtype=bool)

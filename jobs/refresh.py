@@ -35,7 +35,7 @@ from schemas.table import table as schema
 from udfs.blend import Blend
 from udfs.cf_inputs import Pairs
 from udfs.fold_in import gram, to_csr
-from udfs.ids import place
+from udfs.ids import large, place, plain
 from udfs.vectors import Matrix, from_column, to_column
 from udfs.word_map import WordMap
 
@@ -143,8 +143,8 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
 
 def _night(run: Run) -> _Night:
     snapshot = run.staging("snapshot")
-    users = snapshot.read("users", ["user_id", "user_idx"]).sort_by("user_idx")
-    items = snapshot.read("items_labelled", ["item_id", "item_idx", "label", "text_sha256"]).sort_by("item_idx")
+    users = large(snapshot.read("users", ["user_id", "user_idx"])).sort_by("user_idx")
+    items = large(snapshot.read("items_labelled", ["item_id", "item_idx", "label", "text_sha256"])).sort_by("item_idx")
     user_ids, item_ids = (table.column(0).combine_chunks() for table in (users, items))
     sampled = sampled_users.read(run, "sampled", user_ids, item_ids)
     texts = items["text_sha256"].combine_chunks()
@@ -272,9 +272,9 @@ def _carry_over(night: _Night, space: Space, found: _Items) -> None:
     rows = np.flatnonzero(wanted & (at >= 0))
     if not len(rows):
         return
-    table = table.take(pa.array(at[rows]))
-    updated_at = np.array(table["updated_at"].to_pylist(), object)
-    found.put(rows, from_column(table["embedding"]), "carried_over", table["interactions"].to_numpy(), updated_at)
+    updated_at = np.array(table["updated_at"].take(pa.array(at[rows])).to_pylist(), object)
+    vectors, interactions = from_column(table["embedding"])[at[rows]], table["interactions"].to_numpy()[at[rows]]
+    found.put(rows, vectors, "carried_over", interactions, updated_at)
 
 
 def _write(night: _Night, out: Staging, space: Space, users: Matrix, items: _Items) -> dict[str, Any]:
@@ -308,7 +308,7 @@ def _write(night: _Night, out: Staging, space: Space, users: Matrix, items: _Ite
         ("user_embeddings", placed),
     ):
         rows[name] = len(columns["user_id" if name == "user_embeddings" else "item_id"])
-        out.write(name, schema(name).conform(pa.table(with_lineage(columns, rows[name]))))
+        out.write(name, schema(name).conform(plain(pa.table(with_lineage(columns, rows[name])))))
     out.write("rejected_rows", _left_out(night, with_vector, there))
     names, counts = np.unique(items.source[there].astype(str), return_counts=True)
     return {"rows": rows, "sources": dict(zip(names.tolist(), counts.tolist(), strict=True))}
@@ -329,4 +329,4 @@ def _left_out(night: _Night, users: Mask, items: Mask) -> pa.Table:
         same = {"table": table, "reason": "no_vector", "detail": detail}
         columns = {name: pa.repeat(value, len(ids)) for name, value in same.items()}
         parts.append(pa.table({**columns, "key": ids, "rows": pa.repeat(1, len(ids))}))
-    return pa.concat_tables(parts)
+    return plain(pa.concat_tables(parts))

@@ -20,7 +20,7 @@ from jobs.run import Run, log
 from udfs.blend import Blend, measured
 from udfs.cf_inputs import Pairs
 from udfs.fold_in import gram, to_csr
-from udfs.ids import place
+from udfs.ids import large, place
 from udfs.vectors import Matrix
 from udfs.word_map import WordMap
 
@@ -42,7 +42,7 @@ class SampledUsers:
 def read(run: Run, name: str, user_ids: pa.Array, item_ids: pa.Array) -> SampledUsers:
     """The table `name` of stage filterllm_score: `sampled` or `held_out`; indices are places in these ids."""
     settings = run.settings.refresh
-    rows = run.staging("filterllm_score").read(name)
+    rows = large(run.staging("filterllm_score").read(name))
     rows = rows.filter(pc.and_(pc.is_in(rows["user_id"], user_ids), pc.is_in(rows["item_id"], item_ids)))
     rows = rows.sort_by([("item_id", "ascending"), ("rank", "ascending")])
     user, item = place(rows["user_id"], user_ids), place(rows["item_id"], item_ids)
@@ -112,5 +112,7 @@ def blend(
 def texts(run: Run, item_ids: pa.Array) -> list[str]:
     """Tonight's texts of these items, in their order; empty for none."""
     items = run.staging("snapshot").read("items_labelled", ["item_id", "content"])
+    # A take makes one array of all texts it is given.
+    items = large(items.filter(pc.is_in(items["item_id"], value_set=item_ids)))
     found = items["content"].take(pc.index_in(item_ids, value_set=items["item_id"]))
     return [text or "" for text in found.to_pylist()]

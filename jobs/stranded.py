@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.run import Run
+from udfs.ids import large
 
 
 def items(run: Run) -> pa.Array:
@@ -17,10 +18,10 @@ def items(run: Run) -> pa.Array:
     """
     snapshot = run.staging("snapshot")
     space = run.artifact("spaces", run.staging("cf").facts()["space_version"])
-    users = snapshot.read("users", ["user_id", "user_idx"]).sort_by("user_idx")
-    items = snapshot.read("items_labelled", ["item_id", "item_idx", "label", "text_sha256"]).sort_by("item_idx")
+    users = large(snapshot.read("users", ["user_id", "user_idx"])).sort_by("user_idx")
+    items = large(snapshot.read("items_labelled", ["item_id", "item_idx", "label", "text_sha256"])).sort_by("item_idx")
     with_vector, in_space = (
-        np.array(pc.is_in(table[column], value_set=space.read(name, [column])[column].combine_chunks()))
+        np.array(pc.is_in(table[column], value_set=space.read(name, [column])[column]))
         for table, name, column in ((users, "users", "user_id"), (items, "items", "item_id"))
     )
     found = np.array(pc.and_(pc.equal(items["label"], "warm"), pc.is_valid(items["text_sha256"]))) & ~in_space

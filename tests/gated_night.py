@@ -49,7 +49,7 @@ def snapshot_tables(cold: int = COLD) -> dict[str, pa.Table]:
             "interactions": 0 if i < cold else int(degree[i - cold]),
             "title": item,
             "content": None if item == WARM_IDS[-1] else item,
-            "text_sha256": None,
+            "text_sha256": None if item == WARM_IDS[-1] else f"sha-{item}",
         }
         for i, item in enumerate(items)
     ]

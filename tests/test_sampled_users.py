@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from jobs import sampled_users
+from jobs.staging import Staging
 from tests.staged_night import blocks, refreshed, run_of
 from tests.test_refresh import BPR, DAY, SAMPLED, _by_id, _reference
 from udfs.blend import measured
@@ -63,3 +66,17 @@ def test_words_that_no_held_out_item_has_are_left_out(tmp_path: Path, capsys: py
     )
     assert (facts["scale"], facts["words"]) == (2.0, 0.0)
     assert "too few held-out items have a word" in capsys.readouterr().err
+
+
+def test_the_texts_of_other_items_may_be_more_than_an_array_can_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 3 << 28
+    # Memory that nobody writes to takes none.
+    offsets, zeros = pa.py_buffer(np.array([0, size], np.int32)), pa.py_buffer(np.zeros(size, np.uint8))
+    long = pa.StringArray.from_buffers(1, offsets, zeros)
+    contents = pa.chunked_array([long, ["short"], long, pa.array([None], pa.string()), long])
+    items = pa.table({"item_id": ["a", "b", "c", "d", "e"], "content": contents})
+    monkeypatch.setattr(Staging, "read", lambda *_: items)
+    run = run_of(tmp_path, DAY)
+    assert sampled_users.texts(run, pa.array(["d", "gone", "b"], pa.large_string())) == ["", "", "short"]
