@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -22,10 +24,24 @@ from udfs.filesystems import located
 
 MANIFEST = "manifest.json"
 _REFUSED = "refused.txt"
+# Hashing lets other threads run, and a store answers several requests at once.
+_THREADS = 8
 
 
 class StagingError(ColdRefreshError):
     """A staged file is not what its manifest says, or is read before it is complete."""
+
+
+def _facts(filesystem: fs.FileSystem, info: fs.FileInfo) -> dict[str, Any]:
+    """What the manifest says of a file."""
+    digest = hashlib.sha256()
+    with filesystem.open_input_stream(info.path) as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
+    facts = {"bytes": info.size, "sha256": digest.hexdigest()}
+    if info.path.endswith(".parquet"):
+        facts["rows"] = pq.read_metadata(info.path, filesystem=filesystem).num_rows
+    return facts
 
 
 @dataclass(frozen=True)
@@ -55,19 +71,14 @@ class Staging:
     def _files(self) -> dict[str, dict[str, Any]]:
         filesystem, root = located(self.uri)
         listing = filesystem.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
-        facts = {}
-        for info in sorted(listing, key=lambda i: i.path):
-            name = info.path[len(root) + 1 :]
-            if info.type != fs.FileType.File or name == MANIFEST or info.base_name.startswith(("_SUCCESS", ".")):
-                continue
-            digest = hashlib.sha256()
-            with filesystem.open_input_stream(info.path) as stream:
-                while chunk := stream.read(1 << 22):
-                    digest.update(chunk)
-            facts[name] = {"bytes": info.size, "sha256": digest.hexdigest()}
-            if name.endswith(".parquet"):
-                facts[name]["rows"] = pq.read_metadata(info.path, filesystem=filesystem).num_rows
-        return facts
+        names = {
+            info.path[len(root) + 1 :]: info
+            for info in sorted(listing, key=lambda i: i.path)
+            if info.type == fs.FileType.File and not info.base_name.startswith(("_SUCCESS", "."))
+        }
+        names.pop(MANIFEST, None)
+        with ThreadPoolExecutor(_THREADS) as pool:
+            return dict(zip(names, pool.map(partial(_facts, filesystem), names.values()), strict=True))
 
     def complete(self, facts: dict[str, Any]) -> None:
         """Write the manifest: from here on the folder counts. `facts` are kept in it (JSON)."""
