@@ -31,9 +31,9 @@ def _rejected(run: Run) -> pa.Table:
     types = pa.schema([pa.field(c.name, c.arrow_type) for c in schema("rejected_rows").columns if c.name in _STAGED])
     staged = [run.staging(stage).read("rejected_rows").select(types.names) for stage in ("snapshot", "refresh")]
     table = pa.concat_tables(part.cast(types) for part in staged)
-    n = table.num_rows
-    table = table.append_column("refresh_date", pa.array([run.run_date] * n, pa.date32()))
-    return table.append_column("run_id", pa.array([run.run_id] * n, pa.string()))
+    for name, value in (("refresh_date", run.run_date), ("run_id", run.run_id)):
+        table = table.append_column(name, pa.repeat(value, table.num_rows))
+    return table
 
 
 def _app(table: str, run: Run) -> str:

@@ -93,7 +93,7 @@ def _stage(run: Run, out: Staging) -> dict[str, Any]:
     together = rejected[0]
     for more in rejected[1:]:
         together = together.unionByName(more)
-    _write(together.coalesce(1), out, "rejected_rows")
+    _write(cleaning.listed(together.persist()), out, "rejected_rows")
     spark.catalog.clearCache()
     return _facts(spark, out, rows_in)
 

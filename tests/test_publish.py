@@ -205,6 +205,10 @@ def test_nothing_is_published_that_was_not_gated(tmp_path: Path) -> None:
     refreshed.complete({})  # staged anew, after the gates
     with pytest.raises(publish.PublishError, match="computed again after the gates had passed"):
         publish.run(run, run.staging("publish"))
+    gated(tmp_path)
+    run.staging("snapshot").write("rejected_rows", run.staging("snapshot").read("rejected_rows").slice(1))
+    with pytest.raises(StagingError, match="rejected_rows"):
+        publish.run(run, run.staging("publish"))
     assert not any(run.lake.exists(name) for name in publish.TABLES)
 
 

@@ -1,7 +1,7 @@
 """What is kept of the input tables, and why the rest is not: Spark expressions, one reason code a rejected row.
 
-Every function returns (kept, rejected); `rejected` has the columns of REJECTED, and the counts add up: rows in = rows kept
-+ sum of `rows` of the rejected.
+Every function that cleans returns (kept, rejected); `rejected` has the columns of REJECTED, and the counts add up: rows in =
+rows kept + sum of `rows` of the rejected.
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ FIELDS = ("title", "text", "content")
 # Reasons that hold for rows by the million on a good day are counted in one row, not listed.
 SET_ASIDE = ("after_run_date", "before_window", "held_out", "k_core")
 
+#: Rejected rows that are listed of one table and reason; more (a stream that delivers twice, an upstream job that broke) are
+#: counted in one row too: whoever reads them could not hold them.
+LISTED = 100_000
+
 
 def _rejects(
     frame: DataFrame, table: str, key: Column, reason: Column, detail: Column, rows: Column | None = None
@@ -61,6 +65,25 @@ def _rejects(
         facts.groupBy("table", "key", "reason")
         .agg(F.min("detail").alias("detail"), F.sum("rows").alias("rows"))
         .select("table", "key", "reason", "detail", "rows")
+    )
+
+
+def listed(rejected: DataFrame, limit: int = LISTED) -> DataFrame:
+    """`rejected` (columns of REJECTED), where what has more than `limit` rows of one table and reason is one row, without key
+    and detail. `rejected` is read twice: the caller keeps it.
+    """
+    from pyspark.sql import functions as F
+
+    sizes = rejected.groupBy("table", "reason").agg(F.count("*").alias("n")).where(F.col("n") > limit).collect()
+    if not sizes:
+        return rejected
+    crowded = F.lit(False)
+    for row in sizes:
+        crowded = crowded | ((F.col("table") == row["table"]) & (F.col("reason") == row["reason"]))
+    counted = rejected.where(crowded).groupBy("table", "reason").agg(F.sum("rows").alias("rows"))
+    nothing = F.lit(None).cast("string")
+    return rejected.where(~crowded).unionByName(
+        counted.select("table", nothing.alias("key"), "reason", nothing.alias("detail"), "rows")
     )
 
 
@@ -187,8 +210,9 @@ def clean_interactions(
         trained_pairs: with a given split, the pairs (user_id, item_id) to train on; the others are held out.
 
     Returns:
-        pairs (user_id, item_id, weight double, events bigint, last_time, last_seq), rejected. An event without a time is
-        taken as past: the source keeps none.
+        pairs (user_id, item_id, weight double, events bigint, last_time, last_seq, rows bigint: events and their copies),
+        rejected, which is computed from pairs too: persist them. An event without a time is taken as past: the source keeps
+        none.
     """
     from pyspark.sql import functions as F
 
@@ -221,23 +245,26 @@ def clean_interactions(
         .groupBy(*event)
         .agg(F.max("weight").alias("weight"), F.count("*").alias("copies"))
     )
+    # In one order: as rows arrive, the last bits of the sum would differ from run to run, and with them what is trained.
+    weights = F.array_sort(F.collect_list("weight"))
     pairs = events.groupBy("user_id", "item_id").agg(
-        F.sum("weight").alias("weight"),
+        F.aggregate(weights, F.lit(0.0), lambda total, one: total + one).alias("weight"),
         F.count("*").alias("events"),
         F.max("event_time").alias("last_time"),
         F.max("seq").alias("last_seq"),
+        F.sum("copies").alias("rows"),
     )
     both = F.concat_ws(" ", F.coalesce("user_id", F.lit("(null)")), F.coalesce("item_id", F.lit("(null)")))
     key = F.when(F.col("reason") == "unknown_item", F.col("item_id")).otherwise(both)
     detail = F.when(F.col("reason") == "bad_weight", F.concat(F.lit("weight "), F.col("weight").cast("string")))
     rejected = _rejects(flagged.where("reason is not null"), "interactions", key, F.col("reason"), detail).unionByName(
         _rejects(
-            events.where("copies > 1"),
+            pairs.where("rows > events"),
             "interactions",
             both,
             F.lit("duplicate"),
             F.lit(None).cast("string"),
-            F.col("copies") - 1,
+            F.col("rows") - F.col("events"),
         )
     )
     return pairs, rejected
