@@ -175,7 +175,7 @@ class Systems:
         yield "published", dot_scorer(self.users, vectors, candidates, self.users_known)
         if split == "cold" and self.trained.get("model_version"):
             yield "distribution", self._distribution(task)
-        yield "text_knn", floors.text_knn_scorer(self.texts, c.history, candidates)
+        yield "text_knn", floors.text_knn_scorer(self.texts, c.history(task.users), candidates)
         yield "popularity", floors.popularity_scorer(c.interactions, candidates)
         yield "random", floors.random_scorer(self.user_hashes, self.item_hashes, candidates)
 

@@ -1,10 +1,12 @@
-"""What really happened: the test pairs that a run is judged by, as ranking tasks for cold, warm and overall."""
+"""What really happened: the test pairs that a run is judged by, as ranking tasks for cold, warm and overall.
+
+Of more users than evaluate.max_users these many are asked, drawn by a hash of their ids: what is collected here are their pairs.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import pyarrow as pa
 from scipy import sparse
 
 from jobs import inputs
-from jobs.run import Run
+from jobs.run import Run, log
 from jobs.spark_session import session, spark_path
 from jobs.staging import Staging
 from schemas.errors import ContractError
@@ -21,7 +23,7 @@ from udfs.floors import id_hashes
 from udfs.ranking_metrics import Ints, Task, task
 
 if TYPE_CHECKING:
-    from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql import Column, DataFrame, SparkSession
 
 Pairs = tuple[Ints, Ints]
 
@@ -43,12 +45,18 @@ class Catalog:
     cold: np.ndarray
     staged: Staging
 
-    @cached_property
-    def history(self) -> sparse.csr_array:
-        """[U, I] bool: the training pairs, read when they are first asked for, which on the night itself nobody does."""
-        pairs = self.staged.read("training_interactions", ["user_idx", "item_idx"])
-        at = (pairs["user_idx"].to_numpy(), pairs["item_idx"].to_numpy())
-        return sparse.csr_array((np.ones(pairs.num_rows, np.bool_), at), shape=(len(self.user_ids), len(self.item_ids)))
+    def history(self, users: Ints) -> sparse.csr_array:
+        """[U, I] bool: the training pairs of `users`, read anew; the other rows are empty."""
+        asked = np.zeros(len(self.user_ids), np.bool_)
+        asked[users] = True
+        parts = [np.zeros((2, 0), np.int64)]
+        # Piece by piece: everybody's pairs need not fit into memory.
+        for batch in self.staged.batches("training_interactions", ["user_idx", "item_idx"]):
+            pairs = np.stack([batch[name].to_numpy().astype(np.int64) for name in ("user_idx", "item_idx")])
+            parts.append(pairs[:, asked[pairs[0]]])
+        user, item = np.concatenate(parts, axis=1)
+        shape = (len(self.user_ids), len(self.item_ids))
+        return sparse.csr_array((np.ones(len(user), np.bool_), (user, item)), shape=shape)
 
 
 @dataclass(frozen=True)
@@ -107,28 +115,51 @@ def _numbered(run: Run, spark: SparkSession, pairs: DataFrame) -> DataFrame:
     return pairs.join(users, "user_id", "left").join(items, "item_id", "left")
 
 
-def _collect(numbered: DataFrame, *columns: str) -> tuple[pa.Table, dict[str, int]]:
-    """The pairs whose user and item are known, and how many there were and were left out."""
+def _collect(run: Run, numbered: DataFrame, judged: Column, *columns: str) -> tuple[pa.Table, pa.Table, dict[str, int]]:
+    """What a driver can hold of the pairs whose user and item are known.
+
+    Args:
+        judged: which pairs make a user one of the truth.
+
+    Returns:
+        the pairs (user_idx, item_idx, `columns`) of the users who are asked; the items (item_idx, `columns`, users: all
+        of them, asked or not); how many pairs there were and were left out, users there were and are asked.
+    """
     from pyspark.sql import functions as F
 
     numbered = numbered.persist()
+    is_known = F.col("user_idx").isNotNull() & F.col("item_idx").isNotNull()
     counts = numbered.agg(
         F.count("*").alias("pairs"),
         F.count_if(F.col("user_idx").isNull()).alias("pairs_of_unknown_users"),
         F.count_if(F.col("user_idx").isNotNull() & F.col("item_idx").isNull()).alias("pairs_of_unknown_items"),
+        F.count_distinct(F.when(is_known & judged, F.col("user_idx"))).alias("users"),
     ).first()
-    known = numbered.where("user_idx is not null and item_idx is not null").select("user_idx", "item_idx", *columns)
-    table = known.toArrow()
+    known = numbered.where(is_known)
+    items = known.groupBy("item_idx", *columns).agg(F.count("*").alias("users")).toArrow()
+    there, most = counts["users"], run.settings.evaluate.max_users
+    if there > most:
+        log(f"[evaluate] {most} of the {there} users of the truth are asked (evaluate.max_users)")
+        users = known.where(judged).select("user_id", "user_idx").distinct()
+        by_hash = users.orderBy(F.xxhash64("user_id", F.lit(run.settings.seed)), "user_id")
+        known = known.join(F.broadcast(by_hash.limit(most).select("user_idx")), "user_idx", "left_semi")
+    table = known.select("user_idx", "item_idx", *columns).toArrow()
     numbered.unpersist()
-    return table, counts.asDict()
+    return table, items, {**counts.asDict(), "users_asked": min(there, most)}
 
 
 def _random_item(run: Run, catalog: Catalog, spark: SparkSession) -> Truth:
-    table, counts = _collect(_numbered(run, spark, inputs.split(spark, run).distinct()), "part")
+    from pyspark.sql import functions as F
+
+    name = run.settings.evaluate.part
+    numbered = _numbered(run, spark, inputs.split(spark, run).distinct())
+    judged = F.col("part").isin(f"cold_{name}", f"warm_{name}")
+    table, every, counts = _collect(run, numbered, judged, "part")
     users, items = _pairs(table)
     part = np.array(table["part"].to_pylist(), dtype=object)
-    is_cold = np.array([name in ("cold_val", "cold_test") for name in part], np.bool_)
-    cold, warm = np.unique(items[is_cold]), np.unique(items[~is_cold])
+    is_cold = np.array([of in ("cold_val", "cold_test") for of in every["part"].to_pylist()], np.bool_)
+    numbers = every["item_idx"].to_numpy().astype(np.int64)
+    cold, warm = np.unique(numbers[is_cold]), np.unique(numbers[~is_cold])
     both = np.intersect1d(cold, warm)
     if len(both):
         examples = [catalog.item_ids[i] for i in both[:3]]
@@ -136,10 +167,9 @@ def _random_item(run: Run, catalog: Catalog, spark: SparkSession) -> Truth:
             f"table 'split': {len(both)} items are in a cold part and in a warm one, such as {examples}; a cold item has "
             "no training pair"
         )
-    name = run.settings.evaluate.part
     of_part = {kind: part == f"{kind}_{name}" for kind in ("cold", "warm")}
     rest = ~(of_part["cold"] | of_part["warm"])
-    trained = _history_pairs(catalog)
+    trained = _history_pairs(catalog, users[~rest])
     known = (np.concatenate([users[rest], trained[0]]), np.concatenate([items[rest], trained[1]]))
     truths = {kind: (users[rows], items[rows]) for kind, rows in of_part.items()}
     facts = {"protocol": "random_item", "part": name, **counts}
@@ -170,11 +200,12 @@ def _temporal(run: Run, catalog: Catalog, spark: SparkSession, version: int, who
         .distinct()
         .join(trained.select("user_id", "item_id"), ["user_id", "item_id"], "left_anti")
     )
-    table, counts = _collect(_numbered(run, spark, later))
+    table, every, counts = _collect(run, _numbered(run, spark, later), F.lit(True))
     users, items = _pairs(table)
     is_cold = catalog.cold[items]
-    degrees = np.bincount(items[is_cold], minlength=len(catalog.item_ids))
-    cold = np.flatnonzero(degrees >= run.settings.evaluate.min_item_users)
+    degrees = np.zeros(len(catalog.item_ids), np.int64)
+    degrees[every["item_idx"].to_numpy()] = every["users"].to_numpy()
+    cold = np.flatnonzero(catalog.cold & (degrees >= run.settings.evaluate.min_item_users))
     truths = {"cold": (users[is_cold], items[is_cold]), "warm": (users[~is_cold], items[~is_cold])}
     facts = {
         "protocol": "temporal",
@@ -185,7 +216,7 @@ def _temporal(run: Run, catalog: Catalog, spark: SparkSession, version: int, who
     }
     candidates = {"cold": cold, "warm": np.flatnonzero(~catalog.cold)}
     none = np.zeros(0, np.int64)
-    known = _history_pairs(catalog) if table.num_rows else (none, none)
+    known = _history_pairs(catalog, users) if table.num_rows else (none, none)
     return _truth(run, catalog, candidates, truths, known, facts)
 
 
@@ -193,8 +224,8 @@ def _pairs(table: pa.Table) -> Pairs:
     return tuple(table[name].to_numpy().astype(np.int64) for name in ("user_idx", "item_idx"))  # type: ignore[return-value]
 
 
-def _history_pairs(catalog: Catalog) -> Pairs:
-    pairs = catalog.history.tocoo()
+def _history_pairs(catalog: Catalog, users: Ints) -> Pairs:
+    pairs = catalog.history(users).tocoo()
     return pairs.row.astype(np.int64), pairs.col.astype(np.int64)
 
 

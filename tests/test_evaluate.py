@@ -107,15 +107,25 @@ def night(tmp_path_factory, spark):
     folder = tmp_path_factory.mktemp("night")
     built = small.build(folder)
     events = small.tables()[0]
+    events = events.append_column("weight", pa.nulls(events.num_rows, pa.float64()))
     past = events.filter(pc.less(events["event_time"], FIRST))
     stray = pa.table({"user_id": ["tea-user-00"], "item_id": ["tea-0"], "event_time": [pc.add(FIRST, timedelta(999))]})
-    write_deltalake(str(built.lake / "interactions"), pa.concat_tables([past, stray]), mode="overwrite")
+    stray = stray.append_column("weight", pa.array([1.0]))
+    rows = pa.concat_tables([past, stray])
+    write_deltalake(str(built.lake / "interactions"), rows, mode="overwrite", schema_mode="overwrite")
     run = open_run(load(built.conf), built.run_date)
     items = {row["item_id"]: f"{row['title']} {row['text']}" for row in small.tables()[1].to_pylist()}
     execute(run, "snapshot", stage_snapshot(past.to_pandas()[["user_id", "item_id"]].drop_duplicates(), items))
     execute(run, "filterllm_train", train)
     execute(run, "publish", publish)
     return run, events, built.conf
+
+
+def changed(run, seed=None, **changes):
+    """The same run with other settings of evaluate."""
+    settings = run.settings.evaluate.model_copy(update=changes)
+    more = {"evaluate": settings, "seed": run.settings.seed if seed is None else seed}
+    return replace(run, settings=run.settings.model_copy(update=more))
 
 
 def pairs_of(task, catalog):
@@ -136,10 +146,7 @@ def test_a_night_without_truth_says_so_and_writes_nothing(night, capsys):
 
 def test_protocol_none_measures_nothing(night):
     run = night[0]
-    settings = run.settings.model_copy(
-        update={"evaluate": run.settings.evaluate.model_copy(update={"protocol": "none"})}
-    )
-    found = truth.read(replace(run, settings=settings), truth.catalog(run))
+    found = truth.read(changed(run, protocol="none"), truth.catalog(run))
     assert (found.tasks, "none" in found.facts["note"]) == ({}, True)
 
 
@@ -149,34 +156,52 @@ def later(night):
     run, events, _ = night
     future = events.filter(pc.greater_equal(events["event_time"], FIRST))
     known = run.staging("snapshot").read("training_interactions").to_pylist()[0]
+    days, instant = timedelta(days=1), timedelta(microseconds=1)
     more = [
-        ("a stranger", "tea-new-0", 2),
-        (None, "tea-new-0", 2),
-        ("tea-user-01", "an item of later", 2),
-        ("tea-user-02", "chess-new-0", 99),  # after the horizon
-        ("tea-user-05", "yarn-0", 2),
-        ("tea-user-05", "yarn-0", 3),  # the same pair twice
-        ("chess-user-07", "bike-3", 2),
-        (known["user_id"], known["item_id"], 2),  # a pair that is known already
+        ("a stranger", "tea-new-0", 2 * days, None),
+        (None, "tea-new-0", 2 * days, None),
+        ("tea-user-01", "an item of later", 2 * days, None),
+        ("tea-user-02", "chess-new-0", 99 * days, None),  # after the horizon
+        ("tea-user-05", "yarn-0", 2 * days, 3.0),
+        ("tea-user-05", "yarn-0", 3 * days, None),  # the same pair twice
+        ("chess-user-07", "bike-3", 2 * days, None),
+        ("chess-user-08", "bike-4", 0 * days, None),  # on both borders
+        ("chess-user-08", "bike-5", 9 * days - instant, None),
+        ("chess-user-08", "bike-6", 9 * days, None),
+        *[("yarn-user-09", f"bike-{n}", 2 * days, w) for n, w in enumerate([0.0, -1.0, float("nan"), float("inf")])],
+        (known["user_id"], known["item_id"], 2 * days, None),  # a pair that is known already
     ]
-    user_id, item_id, days = zip(*more, strict=True)
-    when = pa.array([run.midnight + timedelta(days=d) for d in days], pa.timestamp("us", tz="UTC"))
-    rows = pa.table({"user_id": list(user_id), "item_id": list(item_id), "event_time": when})
+    user_id, item_id, after, weight = zip(*more, strict=True)
+    when = pa.array([run.midnight + one for one in after], pa.timestamp("us", tz="UTC"))
+    rows = pa.table({"user_id": list(user_id), "item_id": list(item_id), "event_time": when, "weight": list(weight)})
     write_deltalake(run.lake.path("interactions"), pa.concat_tables([future, rows]), mode="append")
     return night
+
+
+def history_of(catalog):
+    """Everybody's training pairs, as indices."""
+    pairs = catalog.staged.read("training_interactions").to_pandas()
+    return set(pairs[["user_idx", "item_idx"]].itertuples(index=False, name=None))
+
+
+def usable(run):
+    """Events by named users whose weight is null or a finite number above 0, as pandas."""
+    events = run.lake.table("interactions").to_pyarrow_table()
+    weight = pc.fill_null(events["weight"], 1.0)
+    return events.filter(pc.and_(pc.greater(weight, 0), pc.is_finite(weight))).to_pandas().dropna(subset="user_id")
 
 
 def test_the_temporal_truth_is_that_of_the_rule(later):
     run, _, _ = later
     catalog = truth.catalog(run)
     found = truth.read(run, catalog, run.lake.version("interactions"))
-    events = pd.DataFrame(run.lake.table("interactions").to_pyarrow_table().to_pandas()).dropna()
-    rule = temporal(events, run.midnight, run.settings.evaluate.horizon_days)
+    rule = temporal(usable(run), run.midnight, run.settings.evaluate.horizon_days)
     rule = rule[rule["item_id"] != "an item of later"]
     cold = set(rule.loc[rule["part"] == "cold_test", ["user_id", "item_id"]].itertuples(index=False, name=None))
     warm = set(rule.loc[rule["part"] == "warm_test", ["user_id", "item_id"]].itertuples(index=False, name=None))
     assert len(cold) == 160
-    assert warm == {("tea-user-05", "yarn-0"), ("chess-user-07", "bike-3")}
+    borders = {("chess-user-08", "bike-4"), ("chess-user-08", "bike-5")}
+    assert warm == {("tea-user-05", "yarn-0"), ("chess-user-07", "bike-3")} | borders
     assert pairs_of(found.tasks["cold"], catalog) == cold
     assert pairs_of(found.tasks["warm"], catalog) == warm
     both = {user for user, _ in warm}
@@ -184,20 +209,18 @@ def test_the_temporal_truth_is_that_of_the_rule(later):
     assert len(found.tasks["cold"].candidates) == 12
     assert len(found.tasks["warm"].candidates) == 48
     assert (found.facts["pairs_of_unknown_users"], found.facts["pairs_of_unknown_items"]) == (1, 1)
-    history = {tuple(pair) for pair in zip(*catalog.history.nonzero(), strict=True)}
+    assert found.facts["users"] == found.facts["users_asked"] == 80
+    history = history_of(catalog)
     masked = found.tasks["warm"].masked.tocoo()
     users, items = found.tasks["warm"].users[masked.row], found.tasks["warm"].candidates[masked.col]
     assert set(zip(users, items, strict=True)) == {p for p in history if p[0] in set(found.tasks["warm"].users)}
 
 
 def test_cold_items_with_too_few_users_are_no_candidates(later):
-    run = later[0]
-    settings = run.settings.evaluate.model_copy(update={"min_item_users": 14})
-    run = replace(run, settings=run.settings.model_copy(update={"evaluate": settings}))
+    run = changed(later[0], min_item_users=14)
     catalog = truth.catalog(run)
     found = truth.read(run, catalog, run.lake.version("interactions"))
-    events = pd.DataFrame(run.lake.table("interactions").to_pyarrow_table().to_pandas()).dropna()
-    rule = temporal(events, run.midnight, 60)
+    rule = temporal(usable(run), run.midnight, 60)
     degrees = rule[rule["part"] == "cold_test"].groupby("item_id")["user_id"].nunique()
     enough = set(degrees[degrees >= 14].index)
     assert 0 < len(enough) < 12
@@ -218,15 +241,23 @@ def test_a_date_that_nobody_measured_in_time_is_measured_late(later, capsys):
     assert set(run.lake.read("metrics", refresh_date=run.run_date)["run_id"].to_pylist()) == {run.run_id}
 
 
+def own_metrics(run):
+    rows = run.lake.read("metrics", refresh_date=run.run_date)
+    return rows.filter(pc.equal(rows["run_id"], run.run_id)).to_pandas()
+
+
 def test_evaluating_again_measures_and_replaces(later, capsys):
     run, _, conf = later
+    other = {"refresh_date": run.run_date, "run_id": "another run of the date", "split": "cold", "system": "published"}
+    row = pa.Table.from_pylist([{**other, "metric": "ndcg@10", "value": 0.5, "n": 1}], schema("metrics").arrow_schema)
+    run.lake.commit("metrics", row, app="t/other")
     assert evaluate.main(["--conf", str(conf), "--run-date", str(run.run_date)]) == 0
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
     cold = facts["summary"]["cold"]
     assert facts["run_id"] == run.run_id
     assert list(cold) == ["published", "distribution", "text_knn", "popularity", "random"]
     assert min(cold[name]["ndcg@10"] for name in ("published", "text_knn")) > cold["random"]["ndcg@10"] + 0.2
-    rows = run.lake.read("metrics", refresh_date=run.run_date).to_pandas()
+    rows = own_metrics(run)
     assert len(rows) == facts["metrics"]
     assert not rows.duplicated(["run_id", "split", "system", "metric"]).any()
     curve, rows = rows[rows["split"] == "reliability"], rows[rows["split"] != "reliability"]
@@ -238,32 +269,37 @@ def test_evaluating_again_measures_and_replaces(later, capsys):
     due = str(run.run_date + timedelta(days=run.settings.evaluate.horizon_days))
     assert evaluate.main(["--conf", str(conf), "--due", due, "--set", "evaluate.k=[5]"]) == 0
     assert "made with other settings" in capsys.readouterr().err
-    rows = run.lake.read("metrics", refresh_date=run.run_date).to_pandas()
+    rows = own_metrics(run)
     assert set(rows.loc[rows["split"] != "reliability", "metric"]) == {"ndcg@5", "recall@5", "hit@5"}
+    rest = run.lake.read("metrics", refresh_date=run.run_date).filter(pc.field("run_id") != run.run_id)
+    assert rest.to_pylist() == row.to_pylist()
 
 
-def test_published_is_the_inner_product_of_the_published_vectors(later):
+def test_published_is_the_inner_product_of_the_published_vectors_and_popularity_the_pairs_count(later):
     run = later[0]
     catalog = truth.catalog(run)
     found = truth.read(run, catalog, run.lake.version("interactions"))
     rows = {(r["split"], r["system"], r["metric"]): r["value"] for r in evaluate.measure(run, catalog, found)}
     scores = np.array([[vector(u) @ vector(i) for i in catalog.item_ids] for u in catalog.user_ids])
     scores[-1], scores[:, -1] = -np.inf, -np.inf  # `publish` has left them out
-    history = set(zip(*catalog.history.nonzero(), strict=True))
+    history = history_of(catalog)
+    popularity = np.zeros_like(scores)
+    for _, item in history:
+        popularity[:, item] += 1
+    assert len(np.unique(popularity[0])) > 4
     for split, task in found.tasks.items():
         true = task.truth.tocoo()
         pairs = set(zip(task.users[true.row], task.candidates[true.col], strict=True))
-        expected = reference(scores, task.candidates.tolist(), pairs, history, (10,))
-        for metric, values in expected.items():
-            mean = np.mean(list(values.values()))
-            assert rows[split, "published", metric] == pytest.approx(mean, abs=1e-9), (split, metric)
+        for system, of in (("published", scores), ("popularity", popularity)):
+            expected = reference(of, task.candidates.tolist(), pairs, history, (10,))
+            for metric, values in expected.items():
+                mean = np.mean(list(values.values()))
+                assert rows[split, system, metric] == pytest.approx(mean, abs=1e-9), (split, system, metric)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_the_distribution_is_that_of_the_model(later, normalize):
-    run = later[0]
-    settings = run.settings.evaluate.model_copy(update={"normalize_by_item": normalize})
-    run = replace(run, settings=run.settings.model_copy(update={"evaluate": settings}))
+    run = changed(later[0], normalize_by_item=normalize)
     catalog = truth.catalog(run)
     found = truth.read(run, catalog, run.lake.version("interactions"))
     rows = {(r["split"], r["system"], r["metric"]): r["value"] for r in evaluate.measure(run, catalog, found)}
@@ -331,7 +367,33 @@ def test_a_snapshot_that_is_gone_is_not_made_again_with_other_settings(tmp_path,
     assert f"the staged snapshot of run {run.run_id} is gone" in capsys.readouterr().err
 
 
-def test_the_night_itself_reads_no_training_pairs(night):
-    assert truth.read(night[0], catalog := truth.catalog(night[0])).tasks == {}
-    assert "history" not in vars(catalog)
-    assert catalog.history.nnz == night[0].staging("snapshot").read("training_interactions").num_rows
+def test_the_night_itself_reads_no_training_pairs(night, monkeypatch):
+    run, catalog = night[0], truth.catalog(night[0])
+    users = np.array([3, 5])
+    read = catalog.history(users)
+    assert set(zip(*read.nonzero(), strict=True)) == {pair for pair in history_of(catalog) if pair[0] in users}
+    monkeypatch.setattr(truth.Catalog, "history", lambda *_: pytest.fail("it was read"))
+    assert truth.read(run, catalog).tasks == {}
+
+
+def test_of_many_users_some_are_asked_whom_a_hash_draws(later, capsys):
+    run = later[0]
+    catalog, version = truth.catalog(run), run.lake.version("interactions")
+    everybody = truth.read(run, catalog, version)
+    few = truth.read(changed(run, max_users=30), catalog, version)
+    assert "30 of the 80 users of the truth are asked (evaluate.max_users)" in capsys.readouterr().err
+    assert (few.facts["users"], few.facts["users_asked"], few.facts["splits"]["cold"]["users"]) == (80, 30, 30)
+    for split, task in few.tasks.items():
+        of_all = everybody.tasks[split]
+        assert task.candidates.tolist() == of_all.candidates.tolist()
+        at = np.searchsorted(of_all.users, task.users)
+        assert of_all.users[at].tolist() == task.users.tolist()
+        for one, other in ((task.truth, of_all.truth), (task.masked, of_all.masked)):
+            assert (one != other[at]).nnz == 0
+    # The fewer are among the more; another seed draws others.
+    fewer = truth.read(changed(run, max_users=10), catalog, version).tasks["cold"].users
+    assert set(fewer) < set(few.tasks["cold"].users)
+    others = truth.read(changed(run, run.settings.seed + 1, max_users=10), catalog, version).tasks["cold"].users
+    assert set(others) != set(fewer)
+    systems = {row["system"]: row["n"] for row in evaluate.measure(run, catalog, few) if row["split"] == "cold"}
+    assert systems == dict.fromkeys(evaluate.SYSTEMS, 30)

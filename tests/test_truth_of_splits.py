@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -16,7 +14,7 @@ from jobs.run import execute, open_run
 from jobs.settings import load
 from schemas.errors import ContractError
 from tests import small_lake as small
-from tests.test_evaluate import pairs_of, publish, stage_snapshot
+from tests.test_evaluate import changed, pairs_of, publish, stage_snapshot
 from udfs.splits import random_item
 
 
@@ -43,8 +41,7 @@ def test_the_random_item_truth_is_that_of_the_papers(tmp_path, spark, part):
     given = pd.DataFrame({"user_id": rng.integers(0, 30, 700), "item_id": rng.integers(0, 60, 700)}).astype(str)
     split = random_item(given, seed=3)
     run = split_run(tmp_path, split)
-    settings = run.settings.evaluate.model_copy(update={"part": part})
-    run = replace(run, settings=run.settings.model_copy(update={"evaluate": settings}))
+    run = changed(run, part=part)
     catalog = truth.catalog(run)
     found = truth.read(run, catalog)
     items_of = split.groupby("part")["item_id"].agg(set)
@@ -70,6 +67,16 @@ def test_the_random_item_truth_is_that_of_the_papers(tmp_path, spark, part):
         users, items = task.users[masked.row], task.candidates[masked.col]
         got = {(catalog.user_ids[u], catalog.item_ids[i]) for u, i in zip(users, items, strict=True)}
         assert got == {p for p in known if p[0] in {u for u, _ in true} and p[1] in candidates}
+
+    few = truth.read(changed(run, max_users=8), catalog)
+    assert (few.facts["users"], few.facts["users_asked"]) == (len({u for u, _ in cold | warm}), 8)
+    assert 0 < len(set().union(*(task.users for task in few.tasks.values()))) <= 8
+    for name, task in few.tasks.items():
+        of_all = found.tasks[name]
+        assert task.candidates.tolist() == of_all.candidates.tolist()
+        at = np.searchsorted(of_all.users, task.users)
+        assert of_all.users[at].tolist() == task.users.tolist()
+        assert (task.truth != of_all.truth[at]).nnz == (task.masked != of_all.masked[at]).nnz == 0
 
 
 def test_an_item_that_is_cold_and_warm_is_an_error(tmp_path, spark):
