@@ -18,14 +18,22 @@ _CONF = {
     "spark.sql.session.timeZone": "UTC",
     "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
     "spark.sql.execution.arrow.pyspark.enabled": "true",
-    "spark.sql.shuffle.partitions": "8",
     "spark.ui.showConsoleProgress": "true",
     "spark.driver.memory": "3g",
 }
-# Workers on other machines need the driver's true address.
-_ONE_MACHINE = {"spark.driver.host": "127.0.0.1", "spark.driver.bindAddress": "127.0.0.1"}
+# Workers on other machines need the driver's true address, and a cluster's data more partitions.
+_ONE_MACHINE = {
+    "spark.driver.host": "127.0.0.1",
+    "spark.driver.bindAddress": "127.0.0.1",
+    "spark.sql.shuffle.partitions": "8",
+}
 # Read when Java starts, which spark-submit has done before there is a session.
 _OF_THE_START = ("spark.driver.", "spark.jars")
+
+
+def defaults(master: str) -> dict[str, str]:
+    """What a session on `master` is told unless the settings or spark-submit say otherwise."""
+    return {**_CONF, **(_ONE_MACHINE if master == "local" or master.startswith("local[") else {})}
 
 
 def session(settings: Spark, name: str = "cold-refresh") -> Any:
@@ -46,18 +54,16 @@ def session(settings: Spark, name: str = "cold-refresh") -> Any:
         SparkContext._ensure_initialized()
     told = SparkConf()  # what spark-submit put into Java, when it started this process
     builder = SparkSession.builder.appName(name)
-    wanted = {
-        **_CONF,
-        **({"spark.ui.showConsoleProgress": "false"} if not sys.stderr.isatty() else {}),
-        **settings.conf,
-    }
     # Which spark-submit says too when it was told nothing.
     master = told.get("spark.master", "local[*]")
     if master == "local[*]":
         master = settings.master or master
         builder = builder.master(master)
-    if master == "local" or master.startswith("local["):
-        wanted = {**_ONE_MACHINE, **wanted}
+    wanted = {
+        **defaults(master),
+        **({"spark.ui.showConsoleProgress": "false"} if not sys.stderr.isatty() else {}),
+        **settings.conf,
+    }
     late = [k for k, v in settings.conf.items() if submitted and k.startswith(_OF_THE_START) and told.get(k) != v]
     if late:
         log(
