@@ -10,10 +10,10 @@ this command. It keeps
   measured), what a staged stage says that it used, and what all that is built on;
 - what was changed less than `keep_days` days ago by the clock, where no date is written.
 
-Of the caches (`text_embeddings`, `item_scores`) it deletes what stands under a model's or a scoring's version that is not kept;
-the files go when the tables are vacuumed. The rows of `runs` stay, in fewer files. The other tables are as any Delta tables: their
-old partitions and versions are their owner's (DELETE, VACUUM). A night of before these days that is run again trains, encodes and
-scores anew. The last line of stdout is JSON.
+Of the caches (`text_embeddings`, `item_scores`) it deletes what stands under a model's or a scoring's version that is not kept.
+What stays of them, and the rows of `runs`, it puts together in fewer files; the old files go when the tables are vacuumed. The
+other tables are as any Delta tables: their old partitions and versions are their owner's (DELETE, VACUUM). A night of before these
+days that is run again trains, encodes and scores anew. The last line of stdout is JSON.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 import pyarrow as pa
+from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError
 from pyarrow import fs
 
@@ -99,10 +100,7 @@ def prune(lake: Lake, keep_days: int, now: datetime, *, dry_run: bool = False) -
     for name in _CACHES:
         _prune_cache(lake, name, {version for one in named for version in one.split("+")}, changed_since, summary)
     if not dry_run:  # eleven files a night, which every reader reads
-        try:
-            lake.table("runs").optimize.compact()
-        except CommitFailedError:
-            log("another writer changed `runs`: its files are put together next time")
+        _compact("runs", lake.table("runs"))
     log(
         f"{sum(summary['removed'].values())} parts, {summary['bytes'] / 2**20:.1f} MiB; kept is what nights since {since} need"
     )
@@ -145,7 +143,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _prune_cache(lake: Lake, name: str, named: set[str], changed_since: datetime, summary: dict[str, Any]) -> None:
-    """Delete the partitions of a cache that are neither `named` nor young, and add them to the summary."""
+    """Delete the partitions of a cache that are neither `named` nor young, and add them to the summary; compact what is named."""
     if not lake.exists(name):
         return
     (key,), delta = schema(name).partition_by, lake.table(name)
@@ -160,8 +158,22 @@ def _prune_cache(lake: Lake, name: str, named: set[str], changed_since: datetime
         log(f"{'would delete' if summary['dry_run'] else 'deleting'} {version} from {name} ({size / 2**20:.1f} MiB)")
         summary["removed"][name] = summary["removed"].get(name, 0) + 1
         summary["bytes"] += size
-    if old and not summary["dry_run"]:
+    if summary["dry_run"]:
+        return
+    if old:
         delta.delete(f"{key} IN ({', '.join(repr(version) for version in sorted(old))})")
+    # A file a shard and night. What no night names any more is left to grow old: a file that is written anew is young.
+    stays = sorted({str(one[f"partition.{key}"]) for one in sizes} & named)
+    if stays:
+        _compact(name, delta, [(key, "in", stays)])
+
+
+def _compact(name: str, delta: DeltaTable, partitions: list[tuple[str, str, Any]] | None = None) -> None:
+    """Put the small files of the table, or of these partitions, together."""
+    try:
+        delta.optimize.compact(partition_filters=partitions)
+    except CommitFailedError:
+        log(f"another writer changed `{name}`: its files are put together next time")
 
 
 def _files(folder: Staging) -> list[fs.FileInfo]:

@@ -159,6 +159,29 @@ def test_cached_rows_stay_while_a_kept_night_or_part_names_their_version(tmp_pat
     assert cached() == ({"mini", "words", "adapted"}, {"tonight"})
 
 
+def test_cached_rows_that_stay_are_put_together_in_fewer_files(tmp_path: Path) -> None:
+    """Not those that nobody names: written anew they would look young, and stay as long again."""
+    lake = Lake(str(tmp_path))
+    for number, version in enumerate(("named", "given-up") * 3):
+        rows = text_embeddings.rows(pa.array([f"sha-{number}"]), version, np.full((1, 4), number, np.float32))
+        lake.commit("text_embeddings", rows, app=f"text_embeddings/{number}")
+    before = lake.read("text_embeddings").sort_by("text_sha256")
+
+    def files() -> dict[str, int]:
+        found = pa.table(lake.table("text_embeddings").get_add_actions(flatten=True))["partition.model_version"]
+        return {one["values"]: one["counts"] for one in found.value_counts().to_pylist()}
+
+    night(tmp_path, NEWEST, encoder_version="named")
+    prune.prune(lake, 60, datetime.now(UTC), dry_run=True)
+    assert files() == {"named": 3, "given-up": 3}
+    prune.prune(lake, 60, datetime.now(UTC))
+    assert files() == {"named": 1, "given-up": 3}
+    assert lake.read("text_embeddings").sort_by("text_sha256") == before
+    version = lake.version("text_embeddings")
+    prune.prune(lake, 60, datetime.now(UTC))
+    assert lake.version("text_embeddings") == version  # one file is not written anew
+
+
 def test_where_nothing_is_published_nothing_is_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old = artifact(tmp_path, "spaces", "old", "2020-01-01")
     assert prune.main(["--lake", str(tmp_path)]) == 0
