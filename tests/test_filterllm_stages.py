@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import signal
 import threading
 import time
-from dataclasses import replace
-from datetime import date, timedelta
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,20 +21,12 @@ from jobs import filterllm_score, filterllm_train, text_embeddings
 from jobs.filterllm_train import load_model
 from jobs.ray_cluster import ClusterError, require_workers
 from jobs.run import Run, execute
-from jobs.settings import Settings
+from tests.filterllm_night import night, score, train
 from tests.small_lake import RUN_DATE, tables
+from udfs import word_map
 from udfs.filterllm import FilterLLMError
 from udfs.ray_training import Journal
-from udfs.vectors import from_column, to_column
-
-SETTINGS: dict[str, Any] = {
-    "seed": 3,
-    "text": {"model": "minilm", "max_tokens": 24},
-    "filterllm": {"epochs": 6, "hidden": 32, "batch_size": 24, "validation_share": 0.1, "retrain_days": 5},
-    "sampling": {"k": 10, "shard_items": 5, "user_tile": 32},
-}
-NIGHTS = iter(range(10_000))
-
+from udfs.vectors import from_column
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,79 +37,6 @@ def lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lake")
     execute(night(folder), "filterllm_train", filterllm_train.run)
     return folder
-
-
-def night(
-    lake: Path, day: date = RUN_DATE, *, without=(), texts=None, cold=True, space="space-a", **changes: Any
-) -> Run:
-    """A run whose earlier stages are complete: a snapshot of the small lake (without some users, with other texts), a
-    space of SVD vectors, and MiniLM's vectors of all texts.
-    """
-    body = {**SETTINGS, **{name: {**SETTINGS.get(name, {}), **value} for name, value in changes.items()}}
-    number = hashlib.sha256(str(next(NIGHTS)).encode()).hexdigest()[:12]
-    run = Run(Settings(lake=str(lake), **body), day, f"{day:%Y%m%d}-{number}", 1, {}, "conf")
-    events, items = tables()
-    events = events.filter(pc.less(events["event_time"], pa.scalar(run_midnight(), events["event_time"].type)))
-    pairs = sorted({(i, u) for u, i in zip(events["user_id"].to_pylist(), events["item_id"].to_pylist(), strict=True)})
-    pairs = [(i, u) for i, u in pairs if u not in without]
-    users, warm = sorted({u for _, u in pairs}), {i for i, _ in pairs}
-    rows = sorted(items.to_pylist(), key=lambda row: row["item_id"])
-    rows = [row for row in rows if cold or row["item_id"] in warm]
-    content = [(texts or {}).get(r["item_id"], f"{r['title']}. {r['text']}") for r in rows]
-    ids = [row["item_id"] for row in rows]
-    snapshot = run.staging("snapshot")
-    snapshot.write(
-        "items_labelled",
-        pa.table(
-            {
-                "item_id": ids,
-                "item_idx": pa.array(range(len(ids)), pa.int32()),
-                "label": ["warm" if i in warm else "cold" for i in ids],
-                "content": pa.array(content, pa.string()),
-                "text_sha256": pa.array([t and hashlib.sha256(t.encode()).hexdigest() for t in content], pa.string()),
-            }
-        ),
-    )
-    snapshot.write("users", pa.table({"user_id": users, "user_idx": pa.array(range(len(users)), pa.int32())}))
-    user_idx, item_idx = [users.index(u) for _, u in pairs], [ids.index(i) for i, _ in pairs]
-    pair_table = {"user_idx": pa.array(user_idx, pa.int32()), "item_idx": pa.array(item_idx, pa.int32())}
-    snapshot.write("training_interactions", pa.table(pair_table))
-    snapshot.complete({"training_digest": "pairs"})
-    artifact = run.artifact("spaces", space)
-    if not artifact.is_complete():
-        matrix = np.zeros((len(users), len(ids)))
-        matrix[user_idx, item_idx] = 1
-        left, singular, right = np.linalg.svd(matrix, full_matrices=False)
-        of_warm = [n for n, i in enumerate(ids) if i in warm]
-        artifact.write("users", pa.table({"user_id": users, "embedding": to_column(left[:, :8] * singular[:8] ** 0.5)}))
-        vectors = (right[:8].T * singular[:8] ** 0.5)[of_warm]
-        table = {
-            "item_id": [ids[n] for n in of_warm],
-            "embedding": to_column(vectors),
-            "interactions": matrix.sum(0)[of_warm],
-        }
-        artifact.write("items", pa.table(table))
-        artifact.complete({"kind": "cf"})
-    run.staging("cf").complete({"space_version": space})
-    execute(run, "text_embeddings", text_embeddings.run)
-    return run
-
-
-def run_midnight() -> Any:
-    from datetime import UTC, datetime
-
-    return datetime(RUN_DATE.year, RUN_DATE.month, RUN_DATE.day, tzinfo=UTC)
-
-
-def train(run: Run) -> dict[str, Any]:
-    return execute(run, "filterllm_train", filterllm_train.run)
-
-
-def score(run: Run) -> tuple[dict[str, Any], pa.Table]:
-    """Facts of scoring (and training, before) and the staged users."""
-    train(run)
-    facts = execute(run, "filterllm_score", filterllm_score.run)
-    return facts, run.staging("filterllm_score").read("sampled")
 
 
 def test_new_items_go_to_the_users_of_their_topic(lake: Path) -> None:
@@ -139,9 +55,20 @@ def test_new_items_go_to_the_users_of_their_topic(lake: Path) -> None:
     assert words is not None
     assert unseen is not None
     assert words.vectors.shape == (len(words.words), 8)
-    assert set(unseen.words) <= set(words.words)
-    assert not np.array_equal(unseen.idf, words.idf)
     held = run.staging("filterllm_score").read("held_out")
+    space, texts = run.artifact("spaces", "space-a").read("items"), run.staging("snapshot").read("items_labelled")
+    content = dict(zip(texts["item_id"].to_pylist(), texts["content"].to_pylist(), strict=True))
+    for found, learnt in (
+        (words, space),  # the second has not learnt from what it is measured by
+        (unseen, space.filter(pc.invert(pc.is_in(space["item_id"], held["item_id"].combine_chunks())))),
+    ):
+        of_texts = [content[item] for item in learnt["item_id"].to_pylist()]
+        expected = word_map.fit(of_texts, from_column(learnt["embedding"]), run.settings.filterllm.word_ridge)
+        assert expected is not None
+        assert found.words == expected.words
+        np.testing.assert_allclose(found.idf, expected.idf)
+        np.testing.assert_allclose(found.vectors, expected.vectors, atol=1e-6)
+    assert learnt.num_rows == space.num_rows - facts["held_out"] < space.num_rows
     assert pc.count_distinct(held["item_id"]).as_py() == facts["held_out"] == train(run)["validation_items"]
     labels = run.staging("snapshot").read("items_labelled", ["item_id", "label"])
     warm = labels.filter(pc.equal(labels["label"], "warm"))["item_id"]
@@ -183,11 +110,9 @@ def test_a_model_is_kept_until_it_is_stale_and_never_comes_from_the_future(lake:
         facts = train(changed)
         assert facts["trained"]
         assert facts["model_version"] != first["model_version"]
-    found = filterllm_train._models(
-        replace(night(lake), run_date=RUN_DATE - timedelta(days=1)),
-        {"space_version": "space-a", "conf": filterllm_train.conf_digest(night(lake).settings)},
-    )
-    assert found == []
+    earlier = train(night(lake, RUN_DATE - timedelta(days=1), texts={"tea-0": "chess pieces"}))
+    assert earlier["trained"]
+    assert earlier["model_version"] != first["model_version"]
     assert load_model(night(lake), first["model_version"]).config.users == first["users"]
 
 
@@ -375,6 +300,17 @@ def test_workers_that_never_fit_and_errors_of_the_task_are_clear(lake: Path) -> 
     # The task's own error arrives as it was raised.
     with pytest.raises(FilterLLMError, match="training diverged"):
         train(night(lake, filterllm={"epochs": 2, "learning_rate": 1e30}))
+
+
+def test_items_that_two_runs_scored_at_once_count_once(lake: Path) -> None:
+    facts, before = score(night(lake, sampling={"k": 6}))
+    run = night(lake, sampling={"k": 6})
+    same = {"scoring_version": facts["scoring_version"]}
+    run.lake.commit("item_scores", run.lake.read("item_scores", **same), app="another run, in other shards")
+    assert run.lake.read("item_scores", **same).num_rows == 2 * (before.num_rows + 6 * facts["held_out"])
+    facts, again = score(run)
+    assert (facts["scored"], facts["reused"]) == (0, 12)
+    assert again.equals(before)
 
 
 def test_a_night_with_nothing_to_score_starts_no_ray(lake: Path) -> None:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from udfs import fold_in as module
-from udfs.cf_inputs import CfParams, Pairs
+from udfs.cf_inputs import CfParams
 from udfs.cf_model import fit
 from udfs.fold_in import FoldInError, fold_in, gram, norm_scale, to_csr
 
@@ -98,21 +98,19 @@ def test_in_a_space_of_spark_als_own_pairs_give_back_the_trained_vector(spark: A
     np.testing.assert_allclose(by_user, y, rtol=1e-3, atol=1e-4)
 
 
-def test_scale_brings_fold_ins_to_the_length_of_a_space_that_als_did_not_train() -> None:
+def test_scale_makes_the_median_fold_in_as_long_as_the_median_trained_row() -> None:
     rng = np.random.default_rng(4)
-    users, items = np.nonzero(rng.random((60, 40)) < 0.3)
-    pairs = Pairs(users, items, np.ones(len(users), np.float32))
-    params = CfParams(dimension=8, epochs=30, batch_size=512, learning_rate=0.02, device="cpu")
-    y, x = fit("bpr", pairs, 60, 40, params, seed=1)
-    csr = to_csr(items, users, pairs.weights, 40)
-    plain = fold_in(y, *csr, alpha=40.0, regularization=0.05)
-    scale = norm_scale(x, plain)
-    scaled = fold_in(y, *csr, alpha=40.0, regularization=0.05, scale=scale)
-    np.testing.assert_allclose(
-        np.median(np.linalg.norm(scaled, axis=1)), np.median(np.linalg.norm(x, axis=1)), rtol=1e-5
-    )
-    assert abs(scale - 1) > 0.05
-    assert norm_scale(x, np.zeros_like(x)) == 1.0
+    vectors = rng.standard_normal((40, 6)).astype(np.float32)
+    pairs = _rows(31, 40, seed=3)
+    plain = fold_in(vectors, *pairs, alpha=5.0, regularization=0.1)
+    # Trained rows that point elsewhere, one of them absurdly long: neither moves the median length.
+    trained = 2.5 * plain @ np.linalg.qr(rng.standard_normal((6, 6)))[0]
+    trained[np.linalg.norm(plain, axis=1).argmax()] *= 100
+    scale = norm_scale(trained, plain)
+    assert scale == pytest.approx(2.5, rel=1e-5)
+    scaled = fold_in(vectors, *pairs, alpha=5.0, regularization=0.1, scale=scale)
+    np.testing.assert_allclose(scaled, 2.5 * plain, rtol=1e-5)
+    assert norm_scale(trained, np.zeros_like(plain)) == 1.0
 
 
 def test_a_share_of_a_pair_is_that_part_of_one() -> None:

@@ -59,12 +59,14 @@ def test_a_night_that_was_not_finished_is_not_seen(tmp_path: Path) -> None:
     assert set(reader.item_embeddings()["run_id"].to_pylist()) == {first.run_id}
 
 
-def test_rows_of_another_run_are_an_error_that_names_the_table(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("column", "other"), [("run_id", "20260301-00000000000f"), ("space_version", "s0")])
+def test_rows_of_another_run_or_space_are_an_error_that_names_the_table(
+    tmp_path: Path, column: str, other: str
+) -> None:
     run = gated(tmp_path)
     execute(run, "publish", publish.run)
     stranger = run.lake.read("user_embeddings").slice(0, 1)
-    position = stranger.schema.get_field_index("run_id")
-    stranger = stranger.set_column(position, "run_id", pa.array(["20260301-00000000000f"]))
+    stranger = stranger.set_column(stranger.schema.get_field_index(column), column, pa.array([other]))
     write_deltalake(run.lake.path("user_embeddings"), stranger, mode="append")
     found = published.latest(run.lake)
     assert found.user_embeddings().num_rows == 12, "a version that nobody published is not read"
@@ -72,7 +74,7 @@ def test_rows_of_another_run_are_an_error_that_names_the_table(tmp_path: Path) -
     versions = {**json.loads(row["output_versions"]), "user_embeddings": run.lake.version("user_embeddings")}
     rows = pa.Table.from_pylist([{**row, "sequence": 9, "output_versions": json.dumps(versions)}])
     run.lake.commit("runs", rows, app="somebody")
-    with pytest.raises(published.NotPublishedError, match=r"'user_embeddings' version .*20260301-00000000000f"):
+    with pytest.raises(published.NotPublishedError, match=rf"'user_embeddings' version .*{column} \['{other}'\]"):
         published.latest(run.lake).user_embeddings()
 
 
