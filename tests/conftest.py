@@ -20,7 +20,10 @@ from tests import small_lake as small
 # for one worker at the end.
 _LONGEST = [
     f"test_{name}.py"
-    for name in ("dags", "cold_refresh", "backfill", "filterllm_stages", "snapshot", "text_embeddings", "recommend")
+    for name in (
+        *("dags", "cold_refresh", "backfill", "filterllm_stages", "quality_benchmark", "gates"),
+        *("snapshot", "text_embeddings", "recommend"),
+    )
 ]
 
 

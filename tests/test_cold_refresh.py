@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from deltalake import write_deltalake
+from deltalake import DeltaTable, write_deltalake
 
+from jobs import cold_refresh
 from jobs.cold_refresh import refresh
 from jobs.lake import Lake
 from jobs.run import STAGES
@@ -100,8 +101,12 @@ def test_a_night_killed_in_every_stage_leaves_the_same_tables(
     nights.assert_same_tables(disturbed.lake, undisturbed[0].lake, disturbed.run_date)
 
 
-def test_a_night_without_cold_items_is_a_good_night(spark: Any, tmp_path: Path) -> None:
-    lake = small.build(tmp_path, new_items=0)
+def test_a_night_without_cold_items_is_a_good_night(
+    undisturbed: tuple[small.SmallLake, Any], spark: Any, tmp_path: Path
+) -> None:
+    lake = small.copied(undisturbed[0].lake, tmp_path)
+    for table in ("interactions", "items"):
+        DeltaTable(str(lake.lake / table)).delete("item_id LIKE '%-new-%'")
     summary = refresh(load(lake.conf), lake.run_date)
     assert summary["cold_items"] == 0
     assert summary["rows_out"] == {"sampled_interactions": 0, "item_embeddings": 48, "user_embeddings": 80}
@@ -126,12 +131,26 @@ def test_dry_run_says_what_would_be_done_and_does_nothing(small_lake: small.Smal
         (("--set", "lake=/no/such/lake"), "no Delta table"),
     ],
 )
-def test_bad_input_is_one_clear_message(small_lake: small.SmallLake, more: tuple[str, ...], message: str) -> None:
-    done = nights.run(small_lake.conf, small_lake.run_date, *more)
+def test_bad_input_is_one_clear_message(
+    small_lake: small.SmallLake, more: tuple[str, ...], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--conf", str(small_lake.conf), "--run-date", str(small_lake.run_date), *more]
+    assert cold_refresh.main(given) == 1
+    out, said = capfd.readouterr()
+    _is_one_clear_message(small_lake, said, message)
+    assert out == ""
+
+
+def test_bad_input_is_one_clear_message_of_spark_submit_too(small_lake: small.SmallLake) -> None:
+    done = nights.run(small_lake.conf, small_lake.run_date, "--set", "cf.modle=als")
     assert done.returncode == 1
-    before, error, after = done.stdout.partition("error: ")
+    _is_one_clear_message(small_lake, done.stdout, "cf.modle")
+
+
+def _is_one_clear_message(lake: small.SmallLake, said: str, message: str) -> None:
+    before, error, after = said.partition("error: ")
     assert error
     assert message in after
     assert "started" not in before, "a stage was begun"
-    assert "Traceback" not in done.stdout
-    assert not (small_lake.lake / "item_embeddings").exists()
+    assert "Traceback" not in said
+    assert not (lake.lake / "item_embeddings").exists()
