@@ -26,12 +26,14 @@ from jobs.spark_session import session, spark_path
 from jobs.staging import Staging
 from udfs import cf_model, fold_in, procrustes
 from udfs.cf_inputs import CfError, CfParams, Pairs
-from udfs.ids import take
+from udfs.ids import large, place, plain
 from udfs.llm_init import TextMap
 from udfs.vectors import Matrix, from_column, to_column
 
 # Rows of each side from which the length of fold-ins is measured.
 _SCALE_ROWS = 2000
+# Rows that are compared with the earlier space at a time.
+_PIECE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -144,8 +146,8 @@ def train(run: Run, out: Staging, *, align_to: str | None, sampled: Pairs | None
         udfs.cf_inputs.CfError: there is nothing to train on, or training failed.
     """
     snapshot, settings = run.staging("snapshot"), run.settings
-    users = snapshot.read("users", ["user_id", "user_idx"]).sort_by("user_idx")
-    items = snapshot.read("items_labelled", ["item_id", "item_idx", "label", "interactions"]).sort_by("item_idx")
+    users = large(snapshot.read("users", ["user_id", "user_idx"])).sort_by("user_idx")
+    items = large(snapshot.read("items_labelled", ["item_id", "item_idx", "label", "interactions"])).sort_by("item_idx")
     takes_part = np.ones(items.num_rows, bool) if sampled is not None else pc.equal(items["label"], "warm").to_numpy()
     if not takes_part.any():
         raise CfError(
@@ -181,11 +183,12 @@ def train(run: Run, out: Staging, *, align_to: str | None, sampled: Pairs | None
         if residual is None:
             align_to = None
         else:
-            y, x = (y @ rotation).astype(np.float32), (x @ rotation).astype(np.float32)
+            y, x = (matrix @ rotation.astype(np.float32) for matrix in (y, x))
             of_text = of_text.rotated(rotation) if of_text else None
     artifact.clear()
-    artifact.write("users", pa.table({"user_id": y_ids, "embedding": to_column(y)}))
-    artifact.write("items", pa.table({"item_id": x_ids, "embedding": to_column(x), "interactions": interactions}))
+    artifact.write("users", plain(pa.table({"user_id": y_ids, "embedding": to_column(y)})))
+    columns = {"item_id": x_ids, "embedding": to_column(x), "interactions": interactions}
+    artifact.write("items", plain(pa.table(columns)))
     if of_text:
         cf_start.write(artifact, of_text)
     facts = {
@@ -294,15 +297,16 @@ def _alignment(
     user_ids: pa.ChunkedArray, users: Matrix, item_ids: pa.ChunkedArray, items: Matrix, earlier: Space
 ) -> tuple[npt.NDArray[np.float64], float | None]:
     """The rotation onto `earlier` over the shared users and items, and its relative residual (None: nothing is shared)."""
-    new, old = [], []
-    for ids, vectors, old_ids, old_vectors in (
-        (user_ids, users, earlier.user_ids, earlier.users),
-        (item_ids, items, earlier.item_ids, earlier.items),
-    ):
-        there, known = take(ids, old_ids, old_vectors)
-        new.append(vectors[known])
-        old.append(there[known])
-    if not sum(map(len, new)):
+    sides = (
+        (users, earlier.users, place(user_ids, earlier.user_ids)),
+        (items, earlier.items, place(item_ids, earlier.item_ids)),
+    )
+    if not any((at >= 0).any() for _, _, at in sides):
         log(f"[cf] no user and no item of space {earlier.version} is left: not aligned to it")
         return np.eye(users.shape[1]), None
-    return procrustes.align(np.concatenate(new), np.concatenate(old))
+    shared = ((new, old, at, np.flatnonzero(at >= 0)) for new, old, at in sides)
+    return procrustes.align(
+        (new[rows[start : start + _PIECE]], old[at[rows[start : start + _PIECE]]])
+        for new, old, at, rows in shared
+        for start in range(0, len(rows), _PIECE)
+    )

@@ -10,15 +10,25 @@ import torch
 from scipy import sparse
 
 from udfs.bpr import Bpr
-from udfs.cf_inputs import CfParams
+from udfs.cf_inputs import CfError, CfParams
 from udfs.pair_training import Data
+
+_MOST = np.iinfo(np.int32).max
 
 
 def normalized_adjacency(users: np.ndarray, items: np.ndarray, n_users: int, n_items: int) -> sparse.csr_matrix:
     """D^-1/2 A D^-1/2 of the bipartite graph, users before items (equations 3 and 8): [n, n] float64, symmetric.
 
     An edge counts once, whatever its weight, as in the paper; a node without an edge has a row of zeros.
+
+    Raises:
+        CfError: it would have more entries than 32-bit indices tell apart (see `_csr`).
     """
+    if 2 * len(users) > _MOST:
+        raise CfError(
+            f"the graph of {len(users)} pairs has twice as many entries, and lightgcn, sgl and sgcl cannot hold more than {_MOST}: "
+            "set cf.model to als, als_cg or bpr, which have no graph, or train on fewer pairs (snapshot.warm_interactions)"
+        )
     n = n_users + n_items
     rows, columns = np.concatenate([users, items + n_users]), np.concatenate([items + n_users, users])
     graph = sparse.csr_matrix((np.ones(len(rows)), (rows, columns)), shape=(n, n))

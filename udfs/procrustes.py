@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import numpy.typing as npt
-from scipy.linalg import orthogonal_procrustes
+from scipy.linalg import svd
 
 
-def align(new: npt.NDArray[np.floating], earlier: npt.NDArray[np.floating]) -> tuple[npt.NDArray[np.float64], float]:
-    """The orthogonal R (a rotation or a reflection) that brings `new` R nearest to `earlier`.
+def align(
+    pieces: Iterable[tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]]],
+) -> tuple[npt.NDArray[np.float64], float]:
+    """The orthogonal R (a rotation or a reflection) that brings the new space nearest to the earlier one.
 
     R changes no inner product within the new space, so no score.
 
     Args:
-        new, earlier: [n, d], rows of the same users and items in both spaces.
+        pieces: (new, earlier) [n, d], rows of the same users and items in both spaces; one after another is in memory, in
+            float64.
 
     Returns:
-        R [d, d] float64, and the relative residual |new R - earlier| / |earlier| (Frobenius; 0 is a perfect match; nan if
-        `earlier` has no length).
+        R [d, d] float64, and the relative residual |new R - earlier| / |earlier| (Frobenius, over all pieces; 0 is a perfect match,
+        of which rounding leaves some 1e-8; nan if `earlier` has no length).
 
     Raises:
-        ValueError: the shapes differ, or there is no row.
+        ValueError: the shapes differ, there is no row, or a number is not finite.
     """
-    if new.shape != earlier.shape or not len(new):
-        raise ValueError(
-            f"cannot align {new.shape} to {earlier.shape}: expected the same rows and width, at least 1 row"
-        )
-    a, b = np.asarray(new, np.float64), np.asarray(earlier, np.float64)
-    rotation, _ = orthogonal_procrustes(a, b)
-    norm = np.linalg.norm(b)
-    return rotation, float(np.linalg.norm(a @ rotation - b) / norm) if norm else float("nan")
+    # |new R - earlier|^2 = |new|^2 + |earlier|^2 - 2 tr(R' new' earlier), where the trace is the sum of the singular values.
+    cross: npt.NDArray[np.float64] | None = None
+    of_new = of_earlier = 0.0
+    for new, earlier in pieces:
+        if new.shape != earlier.shape or (cross is not None and cross.shape[0] != new.shape[1]):
+            raise ValueError(f"cannot align {new.shape} to {earlier.shape}: expected the same rows and width")
+        a, b = np.asarray(new, np.float64), np.asarray(earlier, np.float64)
+        if len(a):
+            cross = a.T @ b + (0 if cross is None else cross)
+            of_new, of_earlier = of_new + float(np.vdot(a, a)), of_earlier + float(np.vdot(b, b))
+    if cross is None:
+        raise ValueError("cannot align without a row that both spaces have")
+    left, singular, right = svd(cross)
+    squared = max(of_new + of_earlier - 2 * float(singular.sum()), 0.0)
+    return left @ right, float(np.sqrt(squared / of_earlier)) if of_earlier else float("nan")
