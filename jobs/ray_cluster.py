@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from jobs.settings import RayCluster
 from schemas.errors import ColdRefreshError
 
-_OBJECT_STORE = 256 * 2**20  # bytes; what travels are shards of text and of vectors, a few MB each
 _CONNECT_SECONDS, _ANSWER_SECONDS = 10, 30
 
 
@@ -47,7 +46,10 @@ def cluster(settings: RayCluster) -> Iterator[None]:
         if address and address != "local":
             ray.init(address=address, **quiet)
         else:
-            ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE, **quiet)
+            # Ray sizes its object store: 30% of the free memory, in /dev/shm (in /tmp/ray where that has less room), of which
+            # it takes what is put there. That is shards of a few MB each and, for scoring, the keys of all users once: 13 GB of 50
+            # million users. What does not fit is mapped from a file in /tmp/ray: slow, and no error while the disk has room.
+            ray.init(address="local", include_dashboard=False, **quiet)
     except (Exception, SystemExit) as error:  # Ray ends the process where it gives up on an address
         where = f"at {address}" if address else "on this machine"
         raise ClusterError(f"Ray {where} cannot be used: {error}. {_remedy(address)}") from error
