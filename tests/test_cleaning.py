@@ -75,7 +75,8 @@ def test_a_prompt_that_is_none_is_an_error(prompt: str) -> None:
 
 
 def test_copies_are_one_event_of_the_highest_weight_and_events_add_up(spark: Any) -> None:
-    """Time, type and seq tell events apart, null is a value as any; weights are added in one order, whatever that of the rows."""
+    """Time, type and seq tell events apart, null is a value as any; weights are added in one order, however the rows come in."""
+    summed = [10.0 ** (n % 7) / 3 for n in range(40)]
     old = MIDNIGHT - timedelta(days=28)
     events = [
         ("u", "copies", LATE, "buy", 1.0, 1),
@@ -85,16 +86,17 @@ def test_copies_are_one_event_of_the_highest_weight_and_events_add_up(spark: Any
         ("u", "apart", None, None, 1.0, None),
         ("u", "unweighed", LATE, None, None, 3),
         ("u", "unweighed", LATE, None, None, 9),
-        *[("u", "sum", LATE, None, weight, n) for n, weight in enumerate((0.1, 0.2, 0.3, 1e16, 0.7, 3.0))],
+        *[("u", "sum", LATE, None, weight, n) for n, weight in enumerate(summed)],
         ("u", "window", old, None, 4.0, None),
         ("u", "window", old - timedelta(microseconds=1), None, 1.0, None),
     ]
     known = spark.createDataFrame(
         [(name,) for name in ("copies", "apart", "unweighed", "sum", "window")], "item_id string"
     )
-    weights = set()
-    for rows in (events, events[::-1], events[1::2] + events[::2]):
-        frame = spark.createDataFrame(rows, EVENTS).repartition(3, "weight", "seq")
+    weights, before = set(), spark.conf.get("spark.sql.shuffle.partitions")
+    for partitions, rows in ((1, events), (2, events[::-1]), (3, events[1::2] + events[::2])):
+        spark.conf.set("spark.sql.shuffle.partitions", partitions)
+        frame = spark.createDataFrame(rows, EVENTS).repartition(partitions)
         pairs, rejected = cleaning.clean_interactions(frame, known, MIDNIGHT, 28, None)
         found = {row["item_id"]: row for row in pairs.persist().collect()}
         weights.add(found["sum"]["weight"])
@@ -104,7 +106,8 @@ def test_copies_are_one_event_of_the_highest_weight_and_events_add_up(spark: Any
             (None, "before_window"): (None, 1),
         }
         pairs.unpersist()
-    assert weights == {sum(sorted((0.1, 0.2, 0.3, 1e16, 0.7, 3.0)))}
+    spark.conf.set("spark.sql.shuffle.partitions", before)
+    assert weights == {sum(sorted(summed))}
     told = {name: (row["weight"], row["events"], row["last_seq"]) for name, row in found.items() if name != "sum"}
     assert told == {
         "copies": (5.0, 1, 1),
