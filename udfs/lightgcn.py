@@ -92,17 +92,15 @@ class _MeanOfLayers(torch.autograd.Function):
         for number in range(layers):
             # What is returned is a tensor of its own, since autograd keeps it.
             last = number == layers - 1
-            found = _product(left, found, torch.empty_like(ego) if last else ctx.of.buffer(number % 2, ego))
+            found = _product(left, found, ctx.of.buffer(number % 2, ego, new=last))
             found.index_add_(0, rows, gradient + gradients[1] if last else gradient)
             left = ctx.of.graph
         return None, None, None, found, None
 
 
-def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """`left` @ `right`, in `out` on a CPU: a large tensor that is new each time costs as much as the product, in page faults."""
-    if right.is_cuda:
-        return left @ right
-    return torch.addmm(out, left, right, beta=0, out=out)
+def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    """`left` @ `right`, in `out` if there is one."""
+    return left @ right if out is None else torch.addmm(out, left, right, beta=0, out=out)
 
 
 class Propagation:
@@ -129,8 +127,14 @@ class Propagation:
             part, back = (_csr(matrix, ego.device, ego.dtype) for matrix in (of_rows, of_rows.T.tocsr()))
         return _MeanOfLayers.apply(self, part, back, ego, rows)
 
-    def buffer(self, number: int, like: torch.Tensor) -> torch.Tensor:
-        """A tensor of this shape for what is not needed after a pass through the layers."""
+    def buffer(self, number: int, like: torch.Tensor, *, new: bool = False) -> torch.Tensor | None:
+        """A tensor of this shape for a product: kept for the next pass through the layers, since on a CPU a large one that is new
+        each time costs as much as the product, in page faults; or new. None on a GPU, where it costs nothing.
+        """
+        if like.is_cuda:
+            return None
+        if new:
+            return torch.empty_like(like, requires_grad=False)
         if number not in self._buffers or self._buffers[number].shape != like.shape:
             self._buffers[number] = torch.empty_like(like, requires_grad=False)
         return self._buffers[number]
