@@ -30,7 +30,7 @@ def check(settings: Settings) -> None:
         raise ValueError(
             f"cf.init llminit needs a cf.model that keeps its start ({', '.join(STARTABLE)}), not {settings.cf.model}"
         )
-    if settings.cf.init == "random" and settings.cf.llminit.model_fields_set:
+    if settings.cf.init == "random" and settings.cf.llminit != type(settings.cf.llminit)():
         raise ValueError("cf.llminit says how texts become the start, and cf.init is random: set cf.init llminit")
     if settings.cf.negatives == "user" and settings.cf.model not in DRAWS_NEGATIVES:
         raise ValueError(
