@@ -38,11 +38,19 @@ def test_the_figures_are_those_of_the_night(
     lake = undisturbed[0]
     monkeypatch.setitem(DATA_SETS, "small", DataSet("small", str(lake.conf), lake.run_date))
     monkeypatch.setattr(quality, "lake_of", lambda data, work: str(lake.lake))
-    # The real judge, fitted to a few pairs.
-    few = partial(coldllm.JudgeOptions, history=2, fit_users=12, fit_items=2)
+    # The real judge, of a few pairs.
+    few = partial(coldllm.JudgeOptions, history=1, fit_users=6, fit_items=1)
     monkeypatch.setattr(coldllm, "JudgeOptions", few)
+    monkeypatch.setattr(coldllm, "candidates", partial(coldllm.candidates, k=2))
     args = argparse.Namespace(
-        dataset=["small"], conf=None, seeds=[3], rows=ROW_NAMES, encoder=[], overrides=[], run_date=None, work=str(tmp_path)
+        dataset=["small"],
+        conf=None,
+        seeds=[3],
+        rows=ROW_NAMES,
+        encoder=[],
+        overrides=[],
+        run_date=None,
+        work=str(tmp_path),
     )
     result = quality.run(args)
     found = {name: one[0]["test"] for name, one in result["results"]["small"].items()}
@@ -169,7 +177,9 @@ def test_the_systems_cost_what_their_stages_cost(
         return getattr(importlib.import_module(f"jobs.benchmark.{module}"), function)(**given)
 
     monkeypatch.setattr(systems, "fresh", here)
-    args = argparse.Namespace(dataset=["small"], conf=None, seeds=[3], rows=["FilterLLM"], overrides=[], work=str(tmp_path))
+    args = argparse.Namespace(
+        dataset=["small"], conf=None, seeds=[3], rows=["FilterLLM"], overrides=[], work=str(tmp_path)
+    )
     found = systems.run(args)["results"]["small"]["FilterLLM"][0]
     recorded = Lake(str(lake.lake), {}).read("runs").to_pylist()
     assert found["seconds"] == {
