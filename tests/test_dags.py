@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import sqlite3
 import stat
 import subprocess
@@ -38,6 +39,7 @@ def describe(dag):
         "outlets": {t.task_id: [a.uri for a in t.outlets] for t in dag.tasks if t.outlets},
         "max_active_runs": dag.max_active_runs,
         "catchup": dag.catchup,
+        "schedule": (dag.timetable.expression, str(dag.timetable.timezone)) if dag.dag_id != "ranker" else None,
     }
 found = {
     "errors": bag.import_errors,
@@ -86,6 +88,23 @@ def ask(*extras, date=None):
         return f"{type(error).__name__}: {error}"
 one, two = ({"date": day, "lake": "s3://shop", "version": 3} for day in ("2026-03-02", "2026-03-01"))
 print("\\n" + json.dumps([ask(one, two, one), ask(one, {}), ask({}), ask(), ask(one, date="2017-11-01")]))
+"""
+
+_COMMANDS = """
+import json, sys
+from datetime import UTC, datetime
+sys.path.append(sys.argv[1])
+from airflow.dag_processing.dagbag import DagBag
+dags = DagBag(sys.argv[1]).dags
+def ask(dag, task, start, *named, **params):
+    return dags[dag].get_task(task).python_callable(*named, params=params, data_interval_start=start)
+saturday, midnight, morning = (datetime(2026, 2, 21, hour, tzinfo=UTC) for hour in (12, 0, 6))
+print("\\n" + json.dumps([
+    ask("cold_refresh_training", "cf", saturday, "cf", run_date=None),
+    ask("cold_refresh_training", "cf", saturday, "cf", run_date="2017-11-01"),
+    ask("cold_refresh_nightly", "cf", midnight, "cf", run_date=None),
+    ask("cold_refresh_evaluate", "evaluate", morning, due=None),
+]))
 """
 
 
@@ -160,6 +179,26 @@ def test_the_ranker_reads_each_night_that_the_events_name_once(home: AirflowHome
     nothing = "AirflowFailException: no asset event names a date and a lake: trigger with the parameter date"
     assert found[2:4] == [nothing, nothing]
     assert found[4] == [["s3://mine", "2017-11-01"]]
+
+
+def test_each_dag_runs_when_it_says(parsed: dict[str, Any]) -> None:
+    when = {"nightly": "0 0 * * *", "training": "0 12 * * 6", "evaluate": "0 6 * * *", "prune": "0 12 * * 0"}
+    found = {name: parsed["dags"][f"cold_refresh_{name}"]["schedule"] for name in when}
+    assert found == {name: [expression, "UTC"] for name, expression in when.items()}
+
+
+def test_a_run_is_of_the_day_on_which_its_interval_ends(home: AirflowHome) -> None:
+    """The training's is a week: from one Saturday to the next."""
+    settings = {"COLD_REFRESH_PYTHON": "echo", "COLD_REFRESH_HOME": str(home.folder)}
+    found = _last_json(home.run(sys.executable, "-c", _COMMANDS, str(ROOT / "dags"), **settings))
+    said = [subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True) for command in found]
+    night = "-m jobs.cold_refresh --conf conf/demo.yaml --run-date"
+    assert [one.stdout.strip() for one in said] == [
+        f"{night} 2026-02-28 --train --stage cf",
+        f"{night} 2017-11-01 --train --stage cf",
+        f"{night} 2026-02-22 --stage cf",
+        "-m jobs.evaluate --conf conf/demo.yaml --due 2026-02-22",
+    ]
 
 
 def test_overrides_reach_the_job_as_they_are(home: AirflowHome, tmp_path: Path) -> None:
@@ -266,6 +305,7 @@ def test_a_training_then_the_night_that_uses_it_then_a_ranker_and_the_pruning(
 ) -> None:
     """`dags test D` covers [D - 1, D), so it refreshes with --run-date D; the tables are those of spark-submit."""
     day = small_lake.run_date.isoformat()
+    shutil.copytree(undisturbed[0].lake / "text_embeddings", small_lake.lake / "text_embeddings")  # read already
     options = {
         "COLD_REFRESH_PYTHON": sys.executable,
         "COLD_REFRESH_CONF": str(small_lake.conf),
