@@ -40,8 +40,6 @@ from udfs.vectors import from_column
 
 #: In `metrics`, the split under which the reliability curve stands: mean p and mean q of each bin, and their error.
 RELIABILITY = "reliability"
-# Pairs (cold item, user) that the curve is made of, at most.
-_PAIRS = 500_000_000
 
 #: The order in which systems are shown: ours, then the floors.
 SYSTEMS = ("published", "distribution", "text_knn", "popularity", "random")
@@ -111,7 +109,7 @@ def measure(run: Run, catalog: Catalog, found: Truth) -> list[dict[str, Any]]:
                 )
             first = f"ndcg@{settings.k[0]}"
             log(f"[evaluate] {split:8} {system:13} {first} {values[first].mean():.4f} ({len(task.users)} users)")
-    curve = systems.reliability(found.tasks["cold"]) if "cold" in found.tasks else None
+    curve = systems.reliability(found.tasks["cold"], found.whole) if "cold" in found.tasks else None
     return rows + (_curve_rows(run, curve) if curve is not None and curve.items else [])
 
 
@@ -202,18 +200,24 @@ class Systems:
             queries, keys, bias, task.candidates, known, self.run.settings.evaluate.normalize_by_item
         )
 
-    def reliability(self, cold: Task) -> Reliability | None:
+    def reliability(self, cold: Task, whole: truth.Pairs | None = None) -> Reliability | None:
         """The curve of the cold items with text and users that the model knows; None without a model. Call it after `of`.
 
-        Of more items than _PAIRS allows, the first by the hash of their id, in which order the candidates are.
+        Of more items than truth.CELLS allows, the first by the hash of their id, in which order the candidates are; where the
+        task has not all users of an item, of those that `whole` has.
         """
         if self._cold is None:
             return None
         queries, keys, bias, known = self._cold
         true = cold.truth.tocoo()
         users, items = cold.users[true.row], true.col.astype(np.int64)
+        if whole is not None:
+            place = np.full(len(self.catalog.item_ids), -1)
+            place[cold.candidates] = np.arange(len(cold.candidates))
+            candidate = place[whole[1]] >= 0
+            users, items = whole[0][candidate], place[whole[1][candidate]]
         there = known[users] & ~np.isnan(queries[items]).any(axis=1)
-        chosen = np.unique(items[there])[: max(1, _PAIRS // max(1, int(known.sum())))]
+        chosen = np.unique(items[there])[: max(1, truth.CELLS // max(1, int(known.sum())))]
         there &= np.isin(items, chosen)
         number = np.cumsum(known) - 1
         indptr, numbers, _ = to_csr(

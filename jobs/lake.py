@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import date
 from typing import Any, Literal
@@ -105,21 +106,28 @@ class Lake:
         self, name: str, *, columns: list[str] | None = None, version: int | None = None, **partition: Any
     ) -> pa.Table:
         """Rows of one of the project's own tables, of the given partition values only; no rows if there is no table yet."""
-        contract = schema(name)
+        parts = list(self.batches(name, columns=columns, version=version, **partition))
+        if parts:
+            return pa.concat_tables(parts)
+        empty = schema(name).arrow_schema.empty_table()
+        return empty.select(columns) if columns else empty
+
+    def batches(
+        self, name: str, *, columns: list[str] | None = None, version: int | None = None, **partition: Any
+    ) -> Iterator[pa.Table]:
+        """What `read` gives, one batch of it after another."""
         if not self.exists(name):
-            empty = contract.arrow_schema.empty_table()
-            return empty.select(columns) if columns else empty
+            return
+        types, delta = schema(name).arrow_schema, self.table(name, version)
         predicate = " AND ".join(f"{key} = '{value}'" for key, value in partition.items()) or None
-        delta = self.table(name, version)
-        # scan() gives string_view, which other engines do not know: cast at once to what the contract says.
         try:
-            read = pa.table(delta.scan(columns=columns, predicate=predicate))
+            for batch in pa.RecordBatchReader.from_stream(delta.scan(columns=columns, predicate=predicate)):
+                # scan() gives string_view, which other engines do not know: cast at once to what the contract says.
+                yield pa.table(batch).cast(pa.schema([types.field(column) for column in batch.schema.names]))
         except (pa.ArrowException, OSError, DeltaError) as error:
             raise LakeError(
                 f"table '{name}' at {self.path(name)}, version {delta.version()}, cannot be read (vacuumed?): {error}"
             ) from error
-        fields = [contract.arrow_schema.field(c) for c in read.column_names]
-        return read.cast(pa.schema(fields))
 
     def read_date(self, name: str, refresh_date: date, version: int, *, columns: list[str] | None = None) -> pa.Table:
         """A date's rows of an output table as they were at `version`; where that is gone, as they are now.

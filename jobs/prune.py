@@ -11,9 +11,9 @@ this command. It keeps
 - what was changed less than `keep_days` days ago by the clock, where no date is written.
 
 Of the caches (`text_embeddings`, `item_scores`) it deletes what stands under a model's or a scoring's version that is not kept.
-What stays of them, and the rows of `runs`, it puts together in fewer files; the old files go when the tables are vacuumed. The
-other tables are as any Delta tables: their old partitions and versions are their owner's (DELETE, VACUUM). A night of before these
-days that is run again trains, encodes and scores anew. The last line of stdout is JSON.
+What stays of them, and the rows of `runs`, it puts together in fewer files; of the caches, files that no version of the last week
+has go too. The other tables are as any Delta tables: their old partitions and versions are their owner's (DELETE, VACUUM). A
+night of before these days that is run again trains, encodes and scores anew. The last line of stdout is JSON.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from udfs.filesystems import located
 
 # What can be computed again; a table's partition is one version.
 _CACHES = ("text_embeddings", "item_scores")
+_CACHE_HOURS = 7 * 24
 # A space stands on its own once it is rotated onto the one before.
 _NOT_BUILT_ON = {"aligned_to"}
 
@@ -166,6 +167,8 @@ def _prune_cache(lake: Lake, name: str, named: set[str], changed_since: datetime
     stays = sorted({str(one[f"partition.{key}"]) for one in sizes} & named)
     if stays:
         _compact(name, delta, [(key, "in", stays)])
+    # Nobody reads a cache at an older version than that of the stage which is running.
+    delta.vacuum(retention_hours=_CACHE_HOURS, dry_run=False)
 
 
 def _compact(name: str, delta: DeltaTable, partitions: list[tuple[str, str, Any]] | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from jobs.settings import RayCluster
 from schemas.errors import ColdRefreshError
 
+_LEAST_STORE = 256 * 2**20
 _CONNECT_SECONDS, _ANSWER_SECONDS = 10, 30
 
 
@@ -46,16 +48,27 @@ def cluster(settings: RayCluster) -> Iterator[None]:
         if address and address != "local":
             ray.init(address=address, **quiet)
         else:
-            # Ray sizes its object store: 30% of the free memory, in /dev/shm (in /tmp/ray where that has less room), of which
-            # it takes what is put there. That is shards of a few MB each and, for scoring, the keys of all users once: 13 GB of 50
-            # million users. What does not fit is mapped from a file in /tmp/ray: slow, and no error while the disk has room.
-            ray.init(address="local", include_dashboard=False, **quiet)
+            ray.init(address="local", include_dashboard=False, object_store_memory=_object_store(), **quiet)
     except (Exception, SystemExit) as error:  # Ray ends the process where it gives up on an address
         where = f"at {address}" if address else "on this machine"
         raise ClusterError(f"Ray {where} cannot be used: {error}. {_remedy(address)}") from error
     if not address:
         require_workers(settings, 1)
     yield
+
+
+def _object_store() -> int | None:
+    """Bytes of the object store; None for what Ray takes itself: 30 % of the free memory, in /dev/shm.
+
+    What it holds are shards of a few MB each and, for scoring, the keys of all users once: 13 GB of 50 million users. What does not
+    fit is mapped from a file in /tmp/ray: slow, and no error while the disk has room. Where /dev/shm has less room, as in
+    containers, Ray would put all of it there: then it is as large as that.
+    """
+    if not os.path.isdir("/dev/shm"):
+        return None
+    room = int(0.95 * shutil.disk_usage("/dev/shm").free)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return room if _LEAST_STORE <= room < 0.3 * memory else None
 
 
 def _leave_out_jars() -> None:

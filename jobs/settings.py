@@ -226,7 +226,9 @@ class Evaluate(_Section):
     )
     part: Literal["val", "test"] = Field("test", description="random_item")
     bootstrap: int = Field(200, ge=0)
-    max_users: int = Field(100_000, ge=1, description="users of the truth who are asked, drawn if there are more")
+    max_users: int = Field(
+        100_000, ge=1, description="users of the truth who are asked about cold items, and about warm; drawn if more"
+    )
     normalize_by_item: bool = Field(True, description="distribution: rank by log p(u|i) rather than by the raw logit")
 
 

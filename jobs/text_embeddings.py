@@ -8,7 +8,6 @@ on behind its last finished shard with the very shards and batches that were to 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -112,7 +111,7 @@ def load(run: Run, shas: list[str], model_version: str) -> np.ndarray:
     asked = pa.array(shas, pa.large_string())
     names = asked.unique()
     vectors, seen, places = np.empty((len(names), 0), np.float32), np.zeros(len(names), bool), Places(names)
-    for batch in _scan(run.lake, model_version, ["text_sha256", "embedding"]):
+    for batch in run.lake.batches(TABLE, columns=["text_sha256", "embedding"], model_version=model_version):
         place = places(batch["text_sha256"])
         rows = place[place >= 0]
         if not len(rows):
@@ -143,7 +142,7 @@ def cached(lake: Lake, model_version: str, wanted: pa.Array) -> tuple[int | None
     at = lake.version(TABLE) if lake.exists(TABLE) else None
     there, places = np.zeros(len(wanted), bool), Places(wanted)
     if len(wanted):
-        for batch in _scan(lake, model_version, ["text_sha256"], at):
+        for batch in lake.batches(TABLE, columns=["text_sha256"], version=at, model_version=model_version):
             place = places(batch["text_sha256"])
             there[place[place >= 0]] = True
     return at, there
@@ -197,16 +196,6 @@ def rows(shard: pa.Array, version: str, vectors: np.ndarray) -> pa.Table:
     embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
     columns = {"text_sha256": shard, "model_version": [version] * len(shard), "embedding": embedding}
     return schema(TABLE).conform(plain(pa.table(columns)))
-
-
-def _scan(lake: Lake, model_version: str, columns: list[str], version: int | None = None) -> Iterator[pa.Table]:
-    """Batches of the rows of one model, at a version of the table (the newest)."""
-    if not lake.exists(TABLE):
-        return
-    types = pa.schema([schema(TABLE).arrow_schema.field(name) for name in columns])
-    reader = lake.table(TABLE, version).scan(columns=columns, predicate=f"model_version = '{model_version}'")
-    for batch in pa.RecordBatchReader.from_stream(reader):
-        yield pa.table(batch).cast(types)
 
 
 def _matrix(embedding: pa.ChunkedArray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """What really happened: the test pairs that a run is judged by, as ranking tasks for cold, warm and overall.
 
-Of more users than evaluate.max_users these many are asked, drawn by a hash of their ids: what is collected here are their pairs.
+Of more users than evaluate.max_users these many are asked about cold items and these many about warm ones, drawn by a hash of
+their ids: what is collected here are their pairs.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from scipy import sparse
 
 from jobs import inputs
@@ -20,12 +22,16 @@ from jobs.staging import Staging
 from schemas.errors import ContractError
 from udfs.cleaning import usable_weight
 from udfs.floors import id_hashes
+from udfs.ids import large
 from udfs.ranking_metrics import Ints, Task, task
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
 
 Pairs = tuple[Ints, Ints]
+
+#: (user, item) pairs whose probability is compared with what happened, at most.
+CELLS = 500_000_000
 
 _QUIET_DAYS = 7  # as long as nothing may happen at all and the day before still counts as known
 
@@ -61,19 +67,23 @@ class Catalog:
 
 @dataclass(frozen=True)
 class Truth:
-    """Tasks by split (cold, warm, overall; those without any user are left out), and what can be said of them in JSON."""
+    """Tasks by split (cold, warm, overall; those without any user are left out), and what can be said of them in JSON.
+
+    whole: the pairs (user_idx, item_idx) of some cold items with all of their users, where the tasks have not all of them.
+    """
 
     tasks: dict[str, Task]
     facts: dict[str, Any]
+    whole: Pairs | None = None
 
 
 def catalog(run: Run) -> Catalog:
     """The run's snapshot. Raises StagingError if the snapshot is not complete."""
     staged = run.staging("snapshot")
     staged.facts()
-    users = staged.read("users", ["user_id", "user_idx"]).sort_by("user_idx")
+    users = large(staged.read("users", ["user_id", "user_idx"])).sort_by("user_idx")
     columns = ["item_id", "item_idx", "label", "interactions", "content", "text_sha256"]
-    items = staged.read("items_labelled", columns).sort_by("item_idx")
+    items = large(staged.read("items_labelled", columns)).sort_by("item_idx")
     return Catalog(
         user_ids=users["user_id"].to_pylist(),
         item_ids=items["item_id"].to_pylist(),
@@ -108,44 +118,63 @@ def read(run: Run, catalog: Catalog, version: int | None = None, *, whole: bool 
 
 
 def _numbered(run: Run, spark: SparkSession, pairs: DataFrame) -> DataFrame:
-    """`pairs` with user_idx and item_idx, null where tonight's snapshot knows no such user or item."""
+    """`pairs` with user_idx, item_idx and the item's label, null where tonight's snapshot knows no such user or item."""
     staged = run.staging("snapshot")
     users = spark.read.parquet(spark_path(staged.path("users"))).select("user_id", "user_idx")
-    items = spark.read.parquet(spark_path(staged.path("items_labelled"))).select("item_id", "item_idx")
+    items = spark.read.parquet(spark_path(staged.path("items_labelled"))).select("item_id", "item_idx", "label")
     return pairs.join(users, "user_id", "left").join(items, "item_id", "left")
 
 
-def _collect(run: Run, numbered: DataFrame, judged: Column, *columns: str) -> tuple[pa.Table, pa.Table, dict[str, int]]:
+@dataclass(frozen=True)
+class _Collected:
     """What a driver can hold of the pairs whose user and item are known.
 
-    Args:
-        judged: which pairs make a user one of the truth.
-
-    Returns:
-        the pairs (user_idx, item_idx, `columns`) of the users who are asked; the items (item_idx, `columns`, users: all
-        of them, asked or not); how many pairs there were and were left out, users there were and are asked.
+    pairs: (user_idx, item_idx, ..., cold, warm: whether the user is asked about such items) of the users who are asked.
+    items: (item_idx, ..., users: all of them, asked or not).
+    counts: pairs there were and were left out, users there were and are asked. whole: as in Truth.
     """
+
+    pairs: pa.Table
+    items: pa.Table
+    counts: dict[str, int]
+    whole: Pairs | None
+
+
+def _collect(run: Run, catalog: Catalog, numbered: DataFrame, judged: dict[str, Column], *columns: str) -> _Collected:
+    """Of pairs that are numbered, with `columns`. judged: which of them make a user one of the truth, cold and warm."""
     from pyspark.sql import functions as F
 
-    numbered = numbered.persist()
+    numbered, seed = numbered.persist(), F.lit(run.settings.seed)
     is_known = F.col("user_idx").isNotNull() & F.col("item_idx").isNotNull()
+    of_kinds = [F.count_distinct(F.when(is_known & one, F.col("user_idx"))).alias(kind) for kind, one in judged.items()]
     counts = numbered.agg(
         F.count("*").alias("pairs"),
         F.count_if(F.col("user_idx").isNull()).alias("pairs_of_unknown_users"),
         F.count_if(F.col("user_idx").isNotNull() & F.col("item_idx").isNull()).alias("pairs_of_unknown_items"),
-        F.count_distinct(F.when(is_known & judged, F.col("user_idx"))).alias("users"),
+        F.count_distinct(F.when(is_known & (judged["cold"] | judged["warm"]), F.col("user_idx"))).alias("users"),
+        *of_kinds,
     ).first()
-    known = numbered.where(is_known)
+    known, most, whole = numbered.where(is_known), run.settings.evaluate.max_users, None
     items = known.groupBy("item_idx", *columns).agg(F.count("*").alias("users")).toArrow()
-    there, most = counts["users"], run.settings.evaluate.max_users
-    if there > most:
-        log(f"[evaluate] {most} of the {there} users of the truth are asked (evaluate.max_users)")
-        users = known.where(judged).select("user_id", "user_idx").distinct()
-        by_hash = users.orderBy(F.xxhash64("user_id", F.lit(run.settings.seed)), "user_id")
-        known = known.join(F.broadcast(by_hash.limit(most).select("user_idx")), "user_idx", "left_semi")
-    table = known.select("user_idx", "item_idx", *columns).toArrow()
+    asked = known.withColumns(dict.fromkeys(judged, F.lit(True)))
+    if max(counts[kind] for kind in judged) > most:
+        asked = known
+        for kind, one in judged.items():
+            users = known.where(one).select("user_id", "user_idx").distinct()
+            drawn = users.orderBy(F.xxhash64("user_id", seed), "user_id").limit(most)
+            asked = asked.join(F.broadcast(drawn.select("user_idx", F.lit(True).alias(kind))), "user_idx", "left")
+        asked = asked.fillna(False, list(judged)).where("cold or warm")
+        log(
+            f"[evaluate] evaluate.max_users ({most}) of {counts['cold']} and {counts['warm']} users of the truth are asked"
+        )
+        # What a probability is compared with are all users of an item: of few items, where there are many users.
+        cold, few = known.where(judged["cold"]), max(1, CELLS // max(1, len(catalog.user_ids)))
+        first = cold.select("item_id", "item_idx").distinct().orderBy(F.xxhash64("item_id", seed), "item_id").limit(few)
+        whole = _pairs(cold.join(F.broadcast(first), "item_idx", "left_semi").select("user_idx", "item_idx").toArrow())
+    pairs = asked.select("user_idx", "item_idx", *columns, *judged).toArrow()
     numbered.unpersist()
-    return table, items, {**counts.asDict(), "users_asked": min(there, most)}
+    told = {name: value for name, value in counts.asDict().items() if name not in judged}
+    return _Collected(pairs, items, {**told, "users_asked": len(pc.unique(pairs["user_idx"]))}, whole)
 
 
 def _random_item(run: Run, catalog: Catalog, spark: SparkSession) -> Truth:
@@ -153,12 +182,12 @@ def _random_item(run: Run, catalog: Catalog, spark: SparkSession) -> Truth:
 
     name = run.settings.evaluate.part
     numbered = _numbered(run, spark, inputs.split(spark, run).distinct())
-    judged = F.col("part").isin(f"cold_{name}", f"warm_{name}")
-    table, every, counts = _collect(run, numbered, judged, "part")
-    users, items = _pairs(table)
-    part = np.array(table["part"].to_pylist(), dtype=object)
-    is_cold = np.array([of in ("cold_val", "cold_test") for of in every["part"].to_pylist()], np.bool_)
-    numbers = every["item_idx"].to_numpy().astype(np.int64)
+    judged = {kind: F.col("part") == f"{kind}_{name}" for kind in ("cold", "warm")}
+    found = _collect(run, catalog, numbered, judged, "part")
+    users, items = _pairs(found.pairs)
+    part = np.array(found.pairs["part"].to_pylist(), dtype=object)
+    is_cold = np.array([of in ("cold_val", "cold_test") for of in found.items["part"].to_pylist()], np.bool_)
+    numbers = found.items["item_idx"].to_numpy().astype(np.int64)
     cold, warm = np.unique(numbers[is_cold]), np.unique(numbers[~is_cold])
     both = np.intersect1d(cold, warm)
     if len(both):
@@ -167,13 +196,13 @@ def _random_item(run: Run, catalog: Catalog, spark: SparkSession) -> Truth:
             f"table 'split': {len(both)} items are in a cold part and in a warm one, such as {examples}; a cold item has "
             "no training pair"
         )
-    of_part = {kind: part == f"{kind}_{name}" for kind in ("cold", "warm")}
-    rest = ~(of_part["cold"] | of_part["warm"])
+    rest = ~np.isin(part, [f"cold_{name}", f"warm_{name}"])
+    of_part = {kind: (part == f"{kind}_{name}") & found.pairs[kind].to_numpy() for kind in ("cold", "warm")}
     trained = _history_pairs(catalog, users[~rest])
     known = (np.concatenate([users[rest], trained[0]]), np.concatenate([items[rest], trained[1]]))
     truths = {kind: (users[rows], items[rows]) for kind, rows in of_part.items()}
-    facts = {"protocol": "random_item", "part": name, **counts}
-    return _truth(run, catalog, {"cold": cold, "warm": warm}, truths, known, facts)
+    facts = {"protocol": "random_item", "part": name, **found.counts}
+    return _truth(run, catalog, {"cold": cold, "warm": warm}, truths, known, facts, found.whole)
 
 
 def _temporal(run: Run, catalog: Catalog, spark: SparkSession, version: int, whole: bool) -> Truth:
@@ -200,24 +229,26 @@ def _temporal(run: Run, catalog: Catalog, spark: SparkSession, version: int, who
         .distinct()
         .join(trained.select("user_id", "item_id"), ["user_id", "item_id"], "left_anti")
     )
-    table, every, counts = _collect(run, _numbered(run, spark, later), F.lit(True))
-    users, items = _pairs(table)
+    judged = {"cold": F.col("label") == "cold", "warm": F.col("label") != "cold"}
+    found = _collect(run, catalog, _numbered(run, spark, later), judged)
+    users, items = _pairs(found.pairs)
     is_cold = catalog.cold[items]
     degrees = np.zeros(len(catalog.item_ids), np.int64)
-    degrees[every["item_idx"].to_numpy()] = every["users"].to_numpy()
+    degrees[found.items["item_idx"].to_numpy()] = found.items["users"].to_numpy()
     cold = np.flatnonzero(catalog.cold & (degrees >= run.settings.evaluate.min_item_users))
-    truths = {"cold": (users[is_cold], items[is_cold]), "warm": (users[~is_cold], items[~is_cold])}
+    of_kind = {kind: found.pairs[kind].to_numpy() & (is_cold == (kind == "cold")) for kind in ("cold", "warm")}
+    truths = {kind: (users[rows], items[rows]) for kind, rows in of_kind.items()}
     facts = {
         "protocol": "temporal",
         "from": str(run.run_date),
         "until": str(until.date()),
         "version": version,
-        **counts,
+        **found.counts,
     }
     candidates = {"cold": cold, "warm": np.flatnonzero(~catalog.cold)}
     none = np.zeros(0, np.int64)
-    known = _history_pairs(catalog, users) if table.num_rows else (none, none)
-    return _truth(run, catalog, candidates, truths, known, facts)
+    known = _history_pairs(catalog, users) if len(users) else (none, none)
+    return _truth(run, catalog, candidates, truths, known, facts, found.whole)
 
 
 def _pairs(table: pa.Table) -> Pairs:
@@ -236,6 +267,7 @@ def _truth(
     truths: dict[str, Pairs],
     known: Pairs,
     facts: dict[str, Any],
+    whole: Pairs | None,
 ) -> Truth:
     """The three tasks; overall is for the users who have test items of both kinds."""
     # Equal scores are ranked by a hash of the id: ids in their own order may tell the age or the popularity.
@@ -257,4 +289,4 @@ def _truth(
             f"no truth yet for {run.run_date}: the table holds no later pair of a known user and item, so nothing is "
             f"measured; when it does: python -m jobs.evaluate --conf ... --run-date {run.run_date}"
         )
-    return Truth(tasks, facts)
+    return Truth(tasks, facts, whole)

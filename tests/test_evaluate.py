@@ -381,8 +381,12 @@ def test_of_many_users_some_are_asked_whom_a_hash_draws(later, capsys):
     catalog, version = truth.catalog(run), run.lake.version("interactions")
     everybody = truth.read(run, catalog, version)
     few = truth.read(changed(run, max_users=30), catalog, version)
-    assert "30 of the 80 users of the truth are asked (evaluate.max_users)" in capsys.readouterr().err
-    assert (few.facts["users"], few.facts["users_asked"], few.facts["splits"]["cold"]["users"]) == (80, 30, 30)
+    assert "[evaluate] evaluate.max_users (30) of " in capsys.readouterr().err
+    sizes = [{split: len(one.tasks[split].users) for split in ("cold", "warm")} for one in (everybody, few)]
+    assert sizes[1] == {split: min(30, size) for split, size in sizes[0].items()}
+    assert sizes[0]["cold"] > 30
+    asked = set(few.tasks["cold"].users) | set(few.tasks["warm"].users)
+    assert (few.facts["users"], few.facts["users_asked"]) == (80, len(asked))
     for split, task in few.tasks.items():
         of_all = everybody.tasks[split]
         assert task.candidates.tolist() == of_all.candidates.tolist()
@@ -395,5 +399,11 @@ def test_of_many_users_some_are_asked_whom_a_hash_draws(later, capsys):
     assert set(fewer) < set(few.tasks["cold"].users)
     others = truth.read(changed(run, run.settings.seed + 1, max_users=10), catalog, version).tasks["cold"].users
     assert set(others) != set(fewer)
-    systems = {row["system"]: row["n"] for row in evaluate.measure(run, catalog, few) if row["split"] == "cold"}
-    assert systems == dict.fromkeys(evaluate.SYSTEMS, 30)
+    rows = evaluate.measure(run, catalog, few)
+    assert {row["system"]: row["n"] for row in rows if row["split"] == "cold"} == dict.fromkeys(evaluate.SYSTEMS, 30)
+    # Probabilities are compared with all users of an item, asked or not.
+    curves = [
+        [row for row in one if row["split"] == evaluate.RELIABILITY]
+        for one in (rows, evaluate.measure(run, catalog, everybody))
+    ]
+    assert curves[0] == curves[1] != []

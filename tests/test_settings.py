@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,12 @@ from jobs.run import parse_new_run_date, parse_run_date
 from jobs.settings import Settings, SettingsError, load
 
 CONF = Path(__file__).parents[1] / "conf"
+
+
+def test_settings_are_read_without_torch() -> None:
+    """Every command reads them, and most need no more: torch takes seconds."""
+    command = "import sys, jobs.settings, jobs.published; assert not {'torch', 'pyspark', 'ray'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", command], check=True)
 
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.name)

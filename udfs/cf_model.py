@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from udfs import devices
 from udfs.cf_inputs import CfError, CfParams, Pairs
 from udfs.vectors import Matrix
 
@@ -72,6 +71,8 @@ def fit(
         users, items = als.fit(pairs, n_users, n_items, params, seed)
     else:
         users, items = _fit_torch(model, pairs, n_users, n_items, params, seed, start, on_epoch)
+        from udfs import devices
+
         devices.release(params.torch_device())
     if not (np.isfinite(users).all() and np.isfinite(items).all()):
         raise CfError(

@@ -149,7 +149,7 @@ class _Training:
             )
         self.proposal: Proposal | None = None
         if options.softmax == "sampled":
-            self.proposal = Proposal(options.proposal, np.bincount(items.users, minlength=model.config.users))
+            self.proposal = Proposal(options.proposal, items.popularity(model.config.users))
 
     def run(self, log: Callable[[str], None], checkpoints: Checkpoints | None) -> dict[str, Any]:
         options, data = self.options, self.data

@@ -14,7 +14,7 @@ MODELS = {
 }
 
 STARTS = {
-    "random": (),
+    "random": ("cf.init=random", "cf.llminit={}"),  # whatever a conf says
     **{
         f"LLMInit {name}": ("cf.init=llminit", f"cf.llminit.select={select}")
         for name, select in (("random", "random"), ("uniform", "uniform"), ("variance", "variance"), ("PCA", "pca"))

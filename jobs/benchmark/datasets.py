@@ -128,7 +128,8 @@ def lake_of(data: DataSet, work: Path) -> str:
     digest = "" if request.source is None else _digest(request.source)
     if made_of.exists() and made_of.read_text() != digest:
         raise ColdRefreshError(f"{lake.uri} was made of another {data.name} than {request.source}: name another --work")
-    if not lake.exists("interactions"):
+    # With another conf it may have been made without a split.
+    if not lake.exists("interactions") or (request.split is not None and not lake.exists("split")):
         log(f"[benchmark] reading {data.name} into {lake.uri}")
         ingest(name, request, lake)
     made_of.write_text(digest)

@@ -21,12 +21,13 @@ _LIGHTGCN = MODELS["LightGCN"]
 _VARIANCE, _PCA = STARTS["LLMInit variance"], STARTS["LLMInit PCA"]
 # As wide as the encoder's texts are, whatever cf.dimension is.
 _FULL = ("cf.init=llminit", "cf.llminit.select=full")
+_WIDE = (*STARTS["random"], "cf.dimension=384")
 
 _ROWS = (
     *(
         _row(f"{name}, {start}", model, *overrides)
         for name, model in MODELS.items()
-        for start, overrides in (STARTS | {"LLMInit full": _FULL, "random, d = 384": ("cf.dimension=384",)}).items()
+        for start, overrides in (STARTS | {"LLMInit full": _FULL, "random, d = 384": _WIDE}).items()
     ),
     *(
         _row(f"LightGCN, LLMInit {select}, {scale}", _LIGHTGCN, *start, f"cf.llminit.scale={scale}")

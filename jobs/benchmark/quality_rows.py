@@ -56,8 +56,8 @@ ROWS = (
         "refresh: retrained on the union, 20 users that count alike (the paper's)",
         ("refresh.method=retrain", "sampling.k=20", "refresh.by_probability=false"),
     ),
-    Row("CF: Spark ALS, 64 dimensions", ("cf.model=als", "cf.dimension=64"), _OTHER_SPACE),
-    _on("CF: LightGCN against users (the guider)", _LIGHTGCN, "cf.negatives=user"),
+    Row("CF: Spark ALS, 64 dimensions", ("cf.model=als", "cf.dimension=64", *STARTS["random"]), _OTHER_SPACE),
+    _on("CF: LightGCN against users (the guider)", _LIGHTGCN, "cf.negatives=user", *STARTS["random"]),
     *(
         _on(f"CF: {name}{_FROM[start]}", model, *overrides)
         for name, model in MODELS.items()
