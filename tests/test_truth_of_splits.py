@@ -14,7 +14,7 @@ from jobs.run import execute, open_run
 from jobs.settings import load
 from schemas.errors import ContractError
 from tests import small_lake as small
-from tests.test_evaluate import changed, pairs_of, publish, stage_snapshot
+from tests.evaluated_night import changed, pairs_of, publish, stage_snapshot
 from udfs.splits import random_item
 
 
