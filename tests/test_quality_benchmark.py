@@ -233,6 +233,7 @@ def test_llminit_rows_are_measured_on_a_lake(
     monkeypatch.setitem(DATA_SETS, "small", DataSet("small", str(lake.conf), lake.run_date))
     monkeypatch.setattr(llminit, "lake_of", lambda data, work: str(lake.lake))
     options = {
+        "conf": None,
         "rows": ["BPR, random", "BPR, LLMInit var"],
         "protocols": ["all", "cold_users"],
         "patience": 2,
