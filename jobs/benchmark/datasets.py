@@ -92,11 +92,8 @@ def _named(name: str, settings: str | None) -> DataSet:
         data = DataSet(name, "conf/amazon.yaml", split_seed=SPLIT_SEED)
     if settings is None:
         return data
-    by_items = conf.load(settings).evaluate.protocol == "random_item" and name not in (
-        "citeulike-a",
-        "complete-journey",
-    )
-    return replace(data, conf=settings, split_seed=SPLIT_SEED if by_items else None)
+    by_items = conf.load(settings).evaluate.protocol == "random_item"
+    return replace(data, conf=settings, split_seed=data.split_seed if by_items else None)
 
 
 def data_folder(name: str) -> Path:
