@@ -32,6 +32,7 @@ Pairs = tuple[Ints, Ints]
 
 #: (user, item) pairs whose probability is compared with what happened, at most.
 CELLS = 500_000_000
+_SOME_ITEMS = 1000
 
 _QUIET_DAYS = 7  # as long as nothing may happen at all and the day before still counts as known
 
@@ -164,11 +165,11 @@ def _collect(run: Run, catalog: Catalog, numbered: DataFrame, judged: dict[str, 
             drawn = users.orderBy(F.xxhash64("user_id", seed), "user_id").limit(most)
             asked = asked.join(F.broadcast(drawn.select("user_idx", F.lit(True).alias(kind))), "user_idx", "left")
         asked = asked.fillna(False, list(judged)).where("cold or warm")
-        log(
-            f"[evaluate] evaluate.max_users ({most}) of {counts['cold']} and {counts['warm']} users of the truth are asked"
-        )
-        # What a probability is compared with are all users of an item: of few items, where there are many users.
-        cold, few = known.where(judged["cold"]), max(1, CELLS // max(1, len(catalog.user_ids)))
+        there = f"{counts['cold']} users of cold items and {counts['warm']} of warm ones"
+        log(f"[evaluate] of {there}, {most} each are asked at most (evaluate.max_users)")
+        # What a probability is compared with are all users of an item: of few items, where there are many users. Some of these
+        # items will be no candidates, or have no text.
+        cold, few = known.where(judged["cold"]), max(_SOME_ITEMS, CELLS // max(1, len(catalog.user_ids)))
         first = cold.select("item_id", "item_idx").distinct().orderBy(F.xxhash64("item_id", seed), "item_id").limit(few)
         whole = _pairs(cold.join(F.broadcast(first), "item_idx", "left_semi").select("user_idx", "item_idx").toArrow())
     pairs = asked.select("user_idx", "item_idx", *columns, *judged).toArrow()

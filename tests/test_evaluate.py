@@ -289,7 +289,7 @@ def test_of_many_users_some_are_asked_whom_a_hash_draws(later, capsys):
     catalog, version = truth.catalog(run), run.lake.version("interactions")
     everybody = truth.read(run, catalog, version)
     few = truth.read(changed(run, max_users=30), catalog, version)
-    assert "[evaluate] evaluate.max_users (30) of " in capsys.readouterr().err
+    assert "30 each are asked at most (evaluate.max_users)" in capsys.readouterr().err
     sizes = [{split: len(one.tasks[split].users) for split in ("cold", "warm")} for one in (everybody, few)]
     assert sizes[1] == {split: min(30, size) for split, size in sizes[0].items()}
     assert sizes[0]["cold"] > 30
