@@ -62,7 +62,7 @@ def _object_store() -> int | None:
 
     What it holds are shards of a few MB each and, for scoring, the keys of all users once: 13 GB of 50 million users. What does not
     fit is mapped from a file in /tmp/ray: slow, and no error while the disk has room. Where /dev/shm has less room, as in
-    containers, Ray would put all of it there: then it is as large as that.
+    containers, Ray would map all of it from that file: the store is made as large as /dev/shm then, and only the rest is.
     """
     if not os.path.isdir("/dev/shm"):
         return None

@@ -11,12 +11,18 @@ import numpy as np
 from jobs import item_index
 from jobs.lake import Lake
 from jobs.run import Run
-from tests import staged_night
+from tests import staged_night, word_llm
 from tests.test_refresh import BPR, SAMPLED
 
 DAY = date(2026, 3, 1)
 COLD = ("new-0", "new-1")
 PAIRS = {**staged_night.blocks(n_users=24), ("loner", "no-text"): 1.0}
+
+
+def language_model(folder: Path) -> Path:
+    """One that knows the words of the night's titles."""
+    titles = [item.replace("-", " - ") for item in sorted({item for _, item in PAIRS} | set(COLD))]
+    return word_llm.build(folder, titles)
 
 
 def night(lake: Path, language_model: Path, **allmrec: Any) -> Run:

@@ -40,7 +40,7 @@ from jobs.recommend import Asked
 from jobs.run import Run
 from jobs.settings import Settings
 from jobs.staging import Staging
-from tests import nights, staged_night, word_llm
+from tests import nights, recommended_night, staged_night
 from tests.recommended_night import COLD, DAY, PAIRS, night, rows_of
 from udfs import allmrec_projections
 from udfs.ids import place
@@ -54,9 +54,7 @@ ASKED = Asked([*(f"u{b}-{u}" for b in range(3) for u in range(3)), "u0-0", "nobo
 
 @pytest.fixture(scope="module")
 def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    items = sorted({item for _, item in PAIRS} | set(COLD))
-    titles = [item.replace("-", " - ") for item in items]
-    return word_llm.build(tmp_path_factory.mktemp("model"), titles)
+    return recommended_night.language_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

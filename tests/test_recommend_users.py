@@ -27,9 +27,9 @@ from jobs.recommend import Asked
 from jobs.recommend_users import Users
 from jobs.run import Run
 from schemas.table import table as schema
-from tests import recommended_night, staged_night, word_llm
+from tests import recommended_night, staged_night
 from tests.gated_night import again, where, without
-from tests.recommended_night import COLD, DAY, PAIRS
+from tests.recommended_night import DAY, PAIRS
 from udfs.vectors import from_column
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,8 +39,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Night, allmrec_backbone.SpaceSide]:
     """A published night, and its users and items by the published vectors."""
     folder = tmp_path_factory.mktemp("recommend")
-    titles = [item.replace("-", " - ") for item in sorted({item for _, item in PAIRS} | set(COLD))]
-    run = recommended_night.night(folder / "lake", word_llm.build(folder, titles))
+    run = recommended_night.night(folder / "lake", recommended_night.language_model(folder))
     night, of = allmrec_night.read(run.staging("snapshot")), {}
     for name in ("user", "item"):
         rows = run.staging("refresh").read(f"{name}_embeddings")
