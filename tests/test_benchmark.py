@@ -39,7 +39,7 @@ def test_a_subject_leaves_json_and_a_table(tmp_path, monkeypatch, capsys):
         add_arguments=lambda p: p.add_argument("--n", type=int),
         run=lambda args: {**result, "n": args.n},
     )
-    monkeypatch.setattr(command, "_load", lambda name: subject)
+    monkeypatch.setattr(command, "import_module", {"jobs.benchmark.speed": subject}.__getitem__)
     assert command.main(["speed", "--n", "3", "--out", str(tmp_path / "new")]) == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed == json.loads((tmp_path / "new" / "speed.json").read_text()) == {**result, "n": 3}

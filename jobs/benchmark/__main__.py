@@ -11,15 +11,12 @@ import argparse
 import json
 import sys
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from jobs import cli
 from jobs.benchmark.table import markdown
 from jobs.run import log
-from schemas.errors import ColdRefreshError
 
 SUBJECTS = {
     "speed": "scoring, training step, encoding and text-to-judgment: time, peak memory, ratios",
@@ -45,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _measure(subject: str, argv: list[str]) -> dict[str, Any]:
-    module = _load(subject)
+    module = import_module(f"jobs.benchmark.{subject}")
     parser = cli.parser(module.__doc__)
     parser.prog = f"python -m jobs.benchmark {subject}"
     parser.add_argument("--out", default=".cache/benchmark", help="folder of the results (default: %(default)s)")
@@ -63,13 +60,6 @@ def _measure(subject: str, argv: list[str]) -> dict[str, Any]:
     log(text)
     log(f"written to {out / subject}.json and .md")
     return result
-
-
-def _load(subject: str) -> ModuleType:
-    name = f"jobs.benchmark.{subject}"
-    if find_spec(name) is None:
-        raise ColdRefreshError(f"there is no module {name}: this version cannot measure {subject!r}")
-    return import_module(name)
 
 
 if __name__ == "__main__":

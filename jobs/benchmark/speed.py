@@ -9,13 +9,11 @@ to distribution against text to judgment). On a GPU the same is measured there; 
 from __future__ import annotations
 
 import argparse
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from jobs.benchmark import encoding_speed, scoring_speed, training_speed
+from jobs.benchmark import encoding_speed, judgment, scoring_speed, training_speed
 from jobs.benchmark.measure import ceilings, device
 from jobs.benchmark.table import table
 from jobs.run import log
@@ -45,14 +43,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """tables: one a part; parts: the figures behind them; machine: device, threads, measured ceilings.
 
     Raises:
-        ColdRefreshError: an unknown part, no whole numbers of users, or a part that this version lacks.
+        ColdRefreshError: an unknown part, or no whole numbers of users.
     """
     parts = [part for part in args.parts.split(",") if part]
     if not parts or set(parts) - set(PARTS):
         raise ColdRefreshError(f"--parts {args.parts!r}: choose from {', '.join(PARTS)}")
     users, training_users = _counts("--users", args.users), _counts("--training-users", args.training_users)
-    if "judgment" in parts and find_spec("jobs.benchmark.judgment") is None:
-        raise ColdRefreshError("there is no module jobs.benchmark.judgment; leave judgment out of --parts")
     machine = {"device": device(), "threads": torch.get_num_threads(), **ceilings(device())}
     log(f"machine: {machine}")
     found: dict[str, Any] = {}
@@ -65,9 +61,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         elif part == "encoding":
             found[part] = encoding_speed.run(args.texts, args.seed, machine)
         else:
-            found[part] = import_module("jobs.benchmark.judgment").measure_speed(
-                device=device(), seed=args.seed, ceilings=machine
-            )
+            found[part] = judgment.measure_speed(device=device(), seed=args.seed, ceilings=machine)
     rows = [[name, f"{value / 1e9:.0f} G" if "/s" in name else value] for name, value in machine.items()]
     tables = [table("Machine", ["", "measured"], rows)]
     for result in found.values():
