@@ -1,8 +1,10 @@
-"""What `jobs.evaluate` finds: stages of a night that leave made-up vectors, a model and a snapshot, and its truth as pairs."""
+"""What `jobs.evaluate` finds: stages of a night that leave made-up vectors, a model and a snapshot; its truth as pairs, and
+the rule of the temporal one in plain pandas."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import datetime, timedelta
 
 import numpy as np
 import pandas as pd
@@ -102,3 +104,29 @@ def pairs_of(task, catalog):
     true = task.truth.tocoo()
     users, items = task.users[true.row], task.candidates[true.col]
     return {(catalog.user_ids[u], catalog.item_ids[i]) for u, i in zip(users, items, strict=True)}
+
+
+def temporal(events: pd.DataFrame, at: datetime, horizon_days: int) -> pd.DataFrame:
+    """What was known at `at`, and what happened within `horizon_days` from then.
+
+    An item is cold if nobody had it before `at`. Test pairs are new ones of users who were known then.
+
+    Args:
+        events: columns user_id, item_id, event_time (UTC); an event without a time is taken as past.
+
+    Returns:
+        user_id, item_id, part (train, warm_test or cold_test), one row a pair; sorted by user and item.
+    """
+    times = pd.to_datetime(events["event_time"], utc=True)
+    until = at + timedelta(days=horizon_days)
+
+    def distinct(rows: pd.Series) -> pd.DataFrame:
+        return events.loc[rows, ["user_id", "item_id"]].drop_duplicates()
+
+    train = distinct(times.isna() | (times < at)).assign(part="train")
+    later = distinct((times >= at) & (times < until))
+    later = later[later["user_id"].isin(train["user_id"])]
+    later = later.merge(train, on=["user_id", "item_id"], how="left")
+    later = later[later["part"].isna()]
+    later["part"] = np.where(later["item_id"].isin(train["item_id"]), "warm_test", "cold_test")
+    return pd.concat([train, later]).sort_values(["user_id", "item_id"], ignore_index=True)

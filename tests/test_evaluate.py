@@ -6,6 +6,7 @@ import json
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
@@ -16,9 +17,8 @@ from jobs.run import execute, open_run
 from jobs.settings import load
 from schemas.table import table as schema
 from tests import small_lake as small
-from tests.evaluated_night import changed, pairs_of, publish, stage_snapshot, train, vector
+from tests.evaluated_night import changed, pairs_of, publish, stage_snapshot, temporal, train, vector
 from tests.test_ranking_metrics import reference
-from udfs.splits import temporal
 
 FIRST = pa.scalar(datetime(2026, 3, 1, tzinfo=UTC), pa.timestamp("us", tz="UTC"))
 
@@ -97,6 +97,30 @@ def usable(run):
     events = run.lake.table("interactions").to_pyarrow_table()
     weight = pc.fill_null(events["weight"], 1.0)
     return events.filter(pc.and_(pc.greater(weight, 0), pc.is_finite(weight))).to_pandas().dropna(subset="user_id")
+
+
+def test_the_rule_of_the_temporal_truth_knows_only_what_was_before():
+    at = datetime(2024, 3, 1, tzinfo=UTC)
+    events = pd.DataFrame(
+        [
+            ("a", "old", "2024-02-29T23:59:59"),
+            ("a", "old", "2024-03-02"),  # a pair that is known already
+            ("b", "old2", "2024-01-01"),
+            ("b", "old", "2024-03-01"),  # the first instant of the test
+            ("a", "new", "2024-03-10T23:59:59"),
+            ("a", "new", "2024-03-05"),  # the same pair twice
+            ("b", "new", "2024-03-11"),  # the first instant after the horizon
+            ("stranger", "new", "2024-03-02"),
+            ("b", "timeless", None),
+        ],
+        columns=["user_id", "item_id", "event_time"],
+    )
+    events["event_time"] = pd.to_datetime(events["event_time"], format="ISO8601", utc=True)
+    split = temporal(events, at, horizon_days=10)
+    assert list(split.itertuples(index=False, name=None)) == [
+        ("a", "new", "cold_test"), ("a", "old", "train"), ("b", "old", "warm_test"), ("b", "old2", "train"),
+        ("b", "timeless", "train"),
+    ]  # fmt: skip
 
 
 def test_the_temporal_truth_is_that_of_the_rule(later):

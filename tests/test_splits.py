@@ -1,16 +1,15 @@
-"""udfs/splits.py: the rules of the papers' split, the temporal rule, and the counts of a real split."""
+"""udfs/splits.py: the rules of the papers' splits, and the counts of a real split."""
 
 from __future__ import annotations
 
 import os
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from udfs.splits import PARTS, cold_users, leave_one_out, random_item, temporal
+from udfs.splits import PARTS, cold_users, leave_one_out, random_item
 
 DATA = Path(os.environ.get("COLD_REFRESH_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -89,30 +88,6 @@ def test_a_real_split_has_the_counts_of_its_papers():
     # The same shares of the same pairs; which item falls where is chance.
     shares = (ours["part"].value_counts() / given["part"].value_counts()).to_dict()
     assert all(0.9 < share < 1.1 for share in shares.values()), shares
-
-
-def test_temporal_knows_only_what_was_before():
-    at = datetime(2024, 3, 1, tzinfo=UTC)
-    events = pd.DataFrame(
-        [
-            ("a", "old", "2024-02-29T23:59:59"),
-            ("a", "old", "2024-03-02"),  # a pair that is known already
-            ("b", "old2", "2024-01-01"),
-            ("b", "old", "2024-03-01"),  # the first instant of the test
-            ("a", "new", "2024-03-10T23:59:59"),
-            ("a", "new", "2024-03-05"),  # the same pair twice
-            ("b", "new", "2024-03-11"),  # the first instant after the horizon
-            ("stranger", "new", "2024-03-02"),
-            ("b", "timeless", None),
-        ],
-        columns=["user_id", "item_id", "event_time"],
-    )
-    events["event_time"] = pd.to_datetime(events["event_time"], format="ISO8601", utc=True)
-    split = temporal(events, at, horizon_days=10)
-    assert list(split.itertuples(index=False, name=None)) == [
-        ("a", "new", "cold_test"), ("a", "old", "train"), ("b", "old", "warm_test"), ("b", "old2", "train"),
-        ("b", "timeless", "train"),
-    ]  # fmt: skip
 
 
 def test_leave_one_out_takes_two_of_each_users_items():

@@ -1,12 +1,10 @@
-"""How interactions are divided into training and test pairs: the papers' `random-item` split, the temporal one, and the
-leave-one-out split of LLMInit with its cold users.
+"""How interactions are divided into training and test pairs: the papers' `random-item` split, and the leave-one-out split
+of LLMInit with its cold users.
 
-Parts of the first two are named as in schemas/split.yaml: train, warm_val, warm_test, cold_val, cold_test.
+Parts of the first are named as in schemas/split.yaml: train, warm_val, warm_test, cold_val, cold_test.
 """
 
 from __future__ import annotations
-
-from datetime import datetime, timedelta
 
 import numpy as np
 import pandas as pd
@@ -95,29 +93,3 @@ def cold_users(split: pd.DataFrame, seed: int, share: float = 0.1) -> pd.DataFra
     keep = np.select([training["group"] == "single", training["group"] == "half"], [1, np.ceil(size / 2)], np.inf)
     split.loc[training.index[place > keep], "part"] = "removed"
     return split
-
-
-def temporal(events: pd.DataFrame, at: datetime, horizon_days: int) -> pd.DataFrame:
-    """What was known at `at`, and what happened within `horizon_days` from then.
-
-    An item is cold if nobody had it before `at`. Test pairs are new ones of users who were known then.
-
-    Args:
-        events: columns user_id, item_id, event_time (UTC); an event without a time is taken as past.
-
-    Returns:
-        user_id, item_id, part (train, warm_test or cold_test), one row a pair; sorted by user and item.
-    """
-    times = pd.to_datetime(events["event_time"], utc=True)
-    until = at + timedelta(days=horizon_days)
-
-    def distinct(rows: pd.Series) -> pd.DataFrame:
-        return events.loc[rows, ["user_id", "item_id"]].drop_duplicates()
-
-    train = distinct(times.isna() | (times < at)).assign(part="train")
-    later = distinct((times >= at) & (times < until))
-    later = later[later["user_id"].isin(train["user_id"])]
-    later = later.merge(train, on=["user_id", "item_id"], how="left")
-    later = later[later["part"].isna()]
-    later["part"] = np.where(later["item_id"].isin(train["item_id"]), "warm_test", "cold_test")
-    return pd.concat([train, later]).sort_values(["user_id", "item_id"], ignore_index=True)
