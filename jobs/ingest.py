@@ -76,7 +76,7 @@ class _Target:
 def ingest(
     name: str, request: Request, lake: Lake, *, mode: Mode = "create", progress: int = PROGRESS_ROWS
 ) -> dict[str, Any]:
-    """Read the source of `request` in format `name` into `lake`.
+    """Read the source of `request` in format `name`, one of FORMATS, into `lake`.
 
     Args:
         mode: what to do with tables that are there with other content: stop (create), add to them or replace them.
@@ -90,8 +90,6 @@ def ingest(
         ColdRefreshError: no such source, a missing column, a damaged file, no usable row, or tables that are in the way.
     """
     begun = time.perf_counter()
-    if name not in FORMATS:
-        raise IngestError(f"unknown format {name!r}; there are {list(FORMATS)}")
     module = FORMATS[name]
     given = [o for o in ("interactions", "items", "split", "map", "delimiter", "time_unit") if getattr(request, o)]
     refused = [f"--{o.replace('_', '-')}" for o in given if o not in module.OPTIONS]

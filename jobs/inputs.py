@@ -125,6 +125,5 @@ def items(spark: SparkSession, run: Run) -> DataFrame:
 
 def split(spark: SparkSession, run: Run) -> DataFrame:
     """The given split (schemas/split.yaml); needs snapshot.split in the settings. Raises as `interactions` does."""
-    if run.settings.snapshot.split is None:
-        raise ContractError("snapshot.split is not set: this run has no given split")
+    assert run.settings.snapshot.split is not None
     return _read(spark, run, "split", InputTable(table=run.settings.snapshot.split.table), None)

@@ -71,7 +71,7 @@ def render(run: Run) -> str:
         "probability": _probabilities(sampled),
         "reliability": _reliability(metrics),
         "examples": _examples(run, sampled),
-        "rejected": _rejected(run, facts.get("publish", {}).get("output_versions", {})),
+        "rejected": _rejected(run, facts["publish"]["output_versions"]["rejected_rows"]),
         "rows": _rows(facts),
         "timings": _timings(facts),
         "lineage": _lineage(run, facts),
@@ -247,12 +247,10 @@ def _texts(run: Run, items: set[str]) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _rejected(run: Run, published: dict[str, int]) -> list[dict[str, Any]]:
+def _rejected(run: Run, version: int) -> list[dict[str, Any]]:
     """{table, reason, meaning, rows, keys: a few} by table, most rows first."""
-    if "rejected_rows" not in published:
-        return []
     columns = ["table", "key", "reason", "rows", "run_id"]
-    rows = run.lake.read_date("rejected_rows", run.run_date, published["rejected_rows"], columns=columns)
+    rows = run.lake.read_date("rejected_rows", run.run_date, version, columns=columns)
     groups: dict[tuple[str, str], dict[str, Any]] = {}
     for batch in rows.filter(pc.equal(rows["run_id"], run.run_id)).to_batches(10_000):
         for row in batch.to_pylist():

@@ -31,10 +31,10 @@ def test_lines_in_a_log_leave_the_last_to_it(capsys: pytest.CaptureFixture[str])
 
 
 def test_not_more_often_than_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress("encode", None, "texts", seconds=3600.0) as progress:
+    with Progress("encode", 10, "texts", seconds=3600.0) as progress:
         for _ in range(10):
             progress.advance(1)
-    assert [line.split(",")[0] for line in capsys.readouterr().err.splitlines()] == ["[encode] 10 texts"]
+    assert [line.split(",")[0] for line in capsys.readouterr().err.splitlines()] == ["[encode] 10 of 10 texts"]
 
 
 def test_a_long_epoch_says_each_minute_how_far_it_is(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:

@@ -13,7 +13,7 @@ class Progress:
     def __init__(
         self,
         label: str,
-        total: int | None,
+        total: int,
         unit: str,
         *,
         seconds: float = 10.0,
@@ -49,8 +49,7 @@ class Progress:
     def _line(self) -> None:
         self._last = time.monotonic()
         rate = self._done / max(self._last - self._begun, 1e-9)
-        of = f" of {self._total}" if self._total is not None else ""
-        line = f"{self._done}{of} {self._unit}, {rate:.1f}/s"
+        line = f"{self._done} of {self._total} {self._unit}, {rate:.1f}/s"
         if self._log is not None:
             self._log(f"{self._label}: {line}")
         else:

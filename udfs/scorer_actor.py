@@ -37,10 +37,8 @@ class Scorer:
         """keys [U, d] float32, bias [U] float32, allowed [U] bool: shared arrays are used in place, not copied.
 
         Raises:
-            ColdRefreshError: a GPU is asked for and torch finds none, or nobody knows how to draw so.
+            ColdRefreshError: a GPU is asked for and torch finds none.
         """
-        if sampling.draw not in ("top_k", "sampled"):
-            raise ColdRefreshError(f"sampling.draw {sampling.draw}: udfs/scorer_actor.py knows top_k and sampled")
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise ColdRefreshError("ray.gpus_per_actor is above 0, but torch finds no usable GPU in the worker")
         self._sampling, self._device = sampling, device
