@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json as pa_json
 
-from jobs.formats.contract import FormatError, Request, TableSource, Tally, existing
+from jobs.formats.contract import FormatError, Request, TableSource, Tally, existing, text_batch
 from jobs.formats.files import BLOCK_BYTES, SourceFile, line_blocks, lines, within
 
 OPTIONS = ("interactions", "items")
@@ -33,6 +33,7 @@ _REVIEW: dict[str, tuple[str, ...]] = {
     "event_time": ("unixReviewTime", "timestamp"),
 }
 _TYPES = {"user_id": pa.string(), "item_id": pa.string(), "weight": pa.float64(), "event_time": pa.int64()}
+_PRODUCT = ["item_id", "title", "text"]
 _ROWS = 2048
 _LITERAL_BYTES = 1 << 20  # ast.literal_eval needs a hundred times the text's size
 
@@ -100,8 +101,7 @@ def _slow_reviews(block: bytes, tally: Tally) -> Iterator[pa.RecordBatch]:
             # As text: the cleaning parses numbers and says which are none.
             rows.append([_first(review, theirs) for theirs in _REVIEW.values()])
     if rows:
-        columns = [pa.array(column, pa.string()) for column in zip(*rows, strict=True)]
-        yield pa.record_batch(columns, names=list(_REVIEW))
+        yield text_batch(rows, list(_REVIEW))
 
 
 def _first(row: dict[str, Any], names: tuple[str, ...]) -> str | None:
@@ -148,15 +148,10 @@ def _products(files: tuple[SourceFile, ...], tally: Tally) -> Iterator[pa.Record
                 continue
             rows.append((_first(product, ("parent_asin", "asin")), _plain(product.get("title")), _describe(product)))
             if len(rows) == _ROWS:
-                yield _batch(rows)
+                yield text_batch(rows, _PRODUCT)
                 rows = []
     if rows:
-        yield _batch(rows)
-
-
-def _batch(rows: list[tuple[str | None, str | None, str | None]]) -> pa.RecordBatch:
-    columns = [pa.array(column, pa.string()) for column in zip(*rows, strict=True)]
-    return pa.record_batch(columns, names=["item_id", "title", "text"])
+        yield text_batch(rows, _PRODUCT)
 
 
 def _describe(product: dict[str, Any]) -> str:

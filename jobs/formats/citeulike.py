@@ -12,8 +12,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from jobs.formats import delimited, parquet_files
-from jobs.formats.contract import FormatError, Request, TableSource, Tally
-from jobs.formats.files import SourceFile, lines
+from jobs.formats.contract import FormatError, Request, TableSource, Tally, need, text_batch
+from jobs.formats.files import SourceFile, decoded, lines
 
 OPTIONS = ()
 _ROWS = 65_536
@@ -36,9 +36,7 @@ def open_source(request: Request) -> dict[str, TableSource]:
 def _released(users: Path, papers: Path) -> dict[str, TableSource]:
     libraries, texts = SourceFile(users), SourceFile(papers)
     names = delimited.header(texts, ",")
-    absent = [n for n in ("doc.id", "raw.title", "raw.abstract") if n not in names]
-    if absent:
-        raise FormatError(f"{papers} has no column {absent}; it has {names}")
+    need(texts.name, names, ("doc.id", "raw.title", "raw.abstract"))
     return {
         "interactions": TableSource((libraries,), partial(_libraries, libraries)),
         "items": TableSource((texts,), partial(_papers, texts, names)),
@@ -69,22 +67,11 @@ def _papers(file: SourceFile, names: list[str], tally: Tally) -> Iterator[pa.Rec
     """Papers; `doc.id` counts from 1 and users.dat from 0."""
     wanted = {"item_id": "doc.id", "title": "raw.title", "text": "raw.abstract"}
     for batch in delimited.read(file, names, wanted, tally):
-        rows = []
-        for number, title, abstract in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+        rows: list[tuple[str | None, ...]] = []
+        for number, *texts in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             if not (number or b"").isdigit():
                 tally.reject("unparseable_line", f"doc.id {number!r}")
                 continue
-            rows.append((str(int(number) - 1), _text(title), _text(abstract)))
-        columns = [pa.array(column, pa.string()) for column in zip(*rows, strict=True)]
+            rows.append((str(int(number) - 1), *(None if text is None else decoded(text) for text in texts)))
         if rows:
-            yield pa.record_batch(columns, names=list(wanted))
-
-
-def _text(value: bytes | None) -> str | None:
-    # The release mixes encodings.
-    if value is None:
-        return None
-    try:
-        return value.decode("utf-8")
-    except UnicodeDecodeError:
-        return value.decode("latin-1")
+            yield text_batch(rows, list(wanted))

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.formats import parquet_files
-from jobs.formats.contract import FormatError, Request, TableSource, Tally, existing
+from jobs.formats.contract import FormatError, Request, TableSource, Tally, existing, need
 from jobs.formats.files import SourceFile
 
 OPTIONS = ()
@@ -61,8 +61,8 @@ def open_source(request: Request) -> dict[str, TableSource]:
     """Raises FormatError if the package is not installed or the folder lacks a file or column."""
     folder = existing(request.source or _package(), "a folder with transactions.parquet and products.parquet")
     sold, products = (_file(folder, f"{name}.parquet") for name in ("transactions", "products"))
-    _need(sold, tuple(_EVENT.values()))
-    _need(products, ("product_id", *_PRODUCT))
+    need(sold.name, parquet_files.columns_of(sold), _EVENT.values())
+    need(products.name, parquet_files.columns_of(products), ("product_id", *_PRODUCT))
     return {
         "interactions": TableSource((sold,), partial(_baskets, sold)),
         "items": TableSource((products, sold), partial(_products, products, sold)),
@@ -82,13 +82,6 @@ def _package() -> Path:
 
 def _file(folder: Path, name: str) -> SourceFile:
     return SourceFile(existing(folder / name, "a Parquet file of Complete Journey"))
-
-
-def _need(file: SourceFile, wanted: tuple[str, ...]) -> None:
-    names = parquet_files.columns_of(file)
-    absent = [name for name in wanted if name not in names]
-    if absent:
-        raise FormatError(f"{file.name} has no column {absent}; it has {names}")
 
 
 def _baskets(file: SourceFile, tally: Tally) -> Iterator[pa.RecordBatch]:

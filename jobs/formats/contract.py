@@ -7,7 +7,7 @@ jobs/formats/clean.py turns them into the types of schemas/*.yaml, and jobs/inge
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,3 +96,19 @@ def existing(path: Path, what: str) -> Path:
     if not path.exists():
         raise FormatError(f"no such source: {path} (expected {what})")
     return path
+
+
+def need(name: str, held: list[str], wanted: Iterable[str]) -> None:
+    """All of the columns `wanted` are among those `held` by the file `name`.
+
+    Raises:
+        FormatError: some are not.
+    """
+    absent = [column for column in wanted if column not in held]
+    if absent:
+        raise FormatError(f"{name} has no column {absent}; it has {held}")
+
+
+def text_batch(rows: Iterable[Sequence[str | None]], names: list[str]) -> pa.RecordBatch:
+    """Rows, one at least, as a batch with columns `names` of text."""
+    return pa.record_batch([pa.array(column, pa.string()) for column in zip(*rows, strict=True)], names=names)

@@ -106,6 +106,14 @@ def lines(file: SourceFile) -> Iterator[bytes]:
                 yield stripped
 
 
+def decoded(text: bytes) -> str:
+    """Of UTF-8, or else of Latin-1, in which every byte is a letter: some releases mix the two."""
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError:
+        return text.decode("latin-1")
+
+
 def table_files(folder: Path, table: str, endings: tuple[str, ...]) -> tuple[SourceFile, ...]:
     """The files of `table` in `folder`: `<table><ending>`, or those with such an ending in the folder `<table>/`.
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from jobs.formats import delimited
-from jobs.formats.contract import FormatError, Request, TableSource, Tally
-from jobs.formats.files import SourceFile, lines
+from jobs.formats.contract import FormatError, Request, TableSource, Tally, need, text_batch
+from jobs.formats.files import SourceFile, decoded, lines
 
 OPTIONS = ()
 _RATING = ["user_id", "item_id", "weight", "event_time"]
@@ -79,18 +79,12 @@ def _ratings(file: SourceFile, delimiter: str) -> TableSource:
 def _ratings_csv(file: SourceFile) -> TableSource:
     names = delimited.header(file, ",")
     wanted = dict(zip(_RATING, ["userId", "movieId", "rating", "timestamp"], strict=True))
-    _need(file, names, list(wanted.values()))
+    need(file.name, names, wanted.values())
 
     def read(tally: Tally) -> Iterator[pa.RecordBatch]:
         yield from map(_rated, delimited.read(file, names, wanted, tally))
 
     return TableSource((file,), read)
-
-
-def _need(file: SourceFile, names: list[str], wanted: list[str]) -> None:
-    absent = [name for name in wanted if name not in names]
-    if absent:
-        raise FormatError(f"{file.name} has no column {absent}; it has {names}")
 
 
 def _rated(batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -105,16 +99,9 @@ def _genres(file: SourceFile | None) -> list[str]:
     return [named.get(i, "unknown") for i in range(max(named, default=-1) + 1)]
 
 
-def _text(line: bytes) -> str:
-    # 10M is UTF-8; 100k and 1M are Latin-1, in which every byte is a letter.
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError:
-        return line.decode("latin-1")
-
-
+# Of items, 10M is UTF-8; 100k and 1M are Latin-1.
 def _item_100k(genres: list[str], line: bytes) -> tuple[str, str, str] | None:
-    fields = _text(line).split("|")
+    fields = decoded(line).split("|")
     if len(fields) != 5 + len(genres):
         return None
     flagged = [genre for genre, flag in zip(genres, fields[5:], strict=True) if flag == "1"]
@@ -123,7 +110,7 @@ def _item_100k(genres: list[str], line: bytes) -> tuple[str, str, str] | None:
 
 def _item_dat(line: bytes) -> tuple[str, str, str] | None:
     # A title may hold "::" itself.
-    match = re.fullmatch(r"(.*?)::(.*)::(.*)", _text(line))
+    match = re.fullmatch(r"(.*?)::(.*)::(.*)", decoded(line))
     return (match[1], match[2], match[3]) if match else None
 
 
@@ -135,7 +122,7 @@ def _lines(
         tally.rows_in += 1
         row = parse(line)
         if row is None:
-            tally.reject("unparseable_line", _text(line))
+            tally.reject("unparseable_line", decoded(line))
             continue
         rows.append(row)
         if len(rows) == _ROWS:
@@ -146,9 +133,8 @@ def _lines(
 
 
 def _items(rows: list[tuple[str, str, str]]) -> pa.RecordBatch:
-    ids, titles, genres = zip(*rows, strict=True)
-    columns = [list(ids), [t.strip() for t in titles], [_genre_text(g) for g in genres]]
-    return pa.record_batch([pa.array(c, pa.string()) for c in columns], names=["item_id", "title", "text"])
+    described = [(item, title.strip(), _genre_text(genres)) for item, title, genres in rows]
+    return text_batch(described, ["item_id", "title", "text"])
 
 
 def _genre_text(genres: str) -> str:
@@ -160,7 +146,7 @@ def _genre_text(genres: str) -> str:
 def _items_csv(file: SourceFile, tally: Tally) -> Iterator[pa.RecordBatch]:
     names = delimited.header(file, ",")
     wanted = {"item_id": "movieId", "title": "title", "text": "genres"}
-    _need(file, names, list(wanted.values()))
+    need(file.name, names, wanted.values())
     for batch in delimited.read(file, names, wanted, tally):
         # Genres are ASCII; what is not stays as it is, and cleaning rejects it.
         genres = [g and _genre_text(g.decode("utf-8", "surrogateescape")) for g in batch.column("text").to_pylist()]
