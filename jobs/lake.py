@@ -25,6 +25,8 @@ _ATTEMPTS = 5
 _PROPERTIES = {"delta.logRetentionDuration": "interval 3650 days"}
 # What tells where a store is, and who asks.
 _OF_THE_ENVIRONMENT = re.compile("endpoint|region|key|secret|token|account|credential|profile|http", re.IGNORECASE)
+# Spark reads a path with one of these as a pattern.
+_PATTERN = re.compile(r"[{}\[\]*?\\]")
 # Of tables that another engine made. The last one delta-rs writes, but readers would then find nulls.
 _UNWRITABLE = {"clustering", "rowTracking", "identityColumns", "inCommitTimestamp", "columnMapping"}
 
@@ -38,13 +40,16 @@ class Lake:
     """A folder or URI of Delta tables. `options` are delta-rs storage options: how it commits and how often it tries.
 
     Raises:
-        LakeError: an option says where the store is or who asks. Spark, Ray's workers and pyarrow must know that too.
+        LakeError: an option says where the store is or who asks (Spark, Ray's workers and pyarrow must know that too); the URI
+            is empty, or has a character by which Spark would look for many paths.
     """
 
     uri: str
     options: dict[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        if not self.uri.strip() or _PATTERN.search(self.uri):
+            raise LakeError(f"lake {self.uri!r}: a folder or a URI, without any of the characters {{}}[]*?\\")
         if known := sorted(filter(_OF_THE_ENVIRONMENT.search, self.options)):
             raise LakeError(
                 f"storage options {known} would reach delta-rs only, and not Spark, Ray's workers and the index: put them into "
@@ -119,7 +124,7 @@ class Lake:
         if not self.exists(name):
             return
         types, delta = schema(name).arrow_schema, self.table(name, version)
-        predicate = " AND ".join(f"{key} = '{value}'" for key, value in partition.items()) or None
+        predicate = " AND ".join(where(key, value) for key, value in partition.items()) or None
         try:
             for batch in pa.RecordBatchReader.from_stream(delta.scan(columns=columns, predicate=predicate)):
                 # scan() gives string_view, which other engines do not know: cast at once to what the contract says.
@@ -195,7 +200,7 @@ class Lake:
                 )
             mode, predicate = "append", None
             if replace:
-                mode, predicate = "overwrite", " AND ".join(_where(k, v) for k, v in replace.items())
+                mode, predicate = "overwrite", " AND ".join(where(k, v) for k, v in replace.items())
             try:
                 if rows.num_rows or not replace:
                     write_deltalake(
@@ -228,8 +233,11 @@ class Lake:
         return [0 if number is None else number + 1 for number in done]
 
 
-def _where(column: str, value: str | date | list[str]) -> str:
-    values = ", ".join(f"'{one}'" for one in (value if isinstance(value, list) else [value]))
+def where(column: str, value: str | date | list[str]) -> str:
+    """A predicate of delta-rs: the column is this value, or one of these."""
+    values = ", ".join(
+        "'" + str(one).replace("'", "''") + "'" for one in (value if isinstance(value, list) else [value])
+    )
     return f'"{column}" IN ({values})'
 
 

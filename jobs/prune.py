@@ -31,7 +31,7 @@ from deltalake.exceptions import CommitFailedError
 from pyarrow import fs
 
 from jobs import cli
-from jobs.lake import Lake
+from jobs.lake import Lake, where
 from jobs.run import STAGES, log
 from jobs.settings import SettingsError
 from jobs.staging import Staging
@@ -162,7 +162,7 @@ def _prune_cache(lake: Lake, name: str, named: set[str], changed_since: datetime
     if summary["dry_run"]:
         return
     if old:
-        delta.delete(f"{key} IN ({', '.join(repr(version) for version in sorted(old))})")
+        delta.delete(where(key, sorted(old)))
     # A file a shard and night. What no night names any more is left to grow old: a file that is written anew is young.
     stays = sorted({str(one[f"partition.{key}"]) for one in sizes} & named)
     if stays:

@@ -253,7 +253,9 @@ class Spark(_Section):
     """How Spark runs; nothing here changes a result."""
 
     master: str | None = Field(None, description="local[*] unless spark-submit says otherwise")
-    conf: dict[str, str] = Field(default_factory=dict)
+    conf: dict[str, str] = Field(
+        default_factory=dict, description="on one machine the driver's page is off unless spark.ui.enabled is true here"
+    )
 
 
 class Settings(_Section):
@@ -356,7 +358,8 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Setti
         return Settings.model_validate(body)
     except ValidationError as error:
         lines = [f"  {told(e, Settings)}" for e in error.errors()]
-        given = f" with {', '.join(f'--set {one}' for one in overrides)}" if overrides else ""
+        # Their names only: a value that is not the wrong one may be a secret.
+        given = f" with {', '.join('--set ' + one.partition('=')[0] for one in overrides)}" if overrides else ""
         raise SettingsError(
             "\n".join([f"{path}{given}: settings that cannot be used:", *dict.fromkeys(lines)])
         ) from None

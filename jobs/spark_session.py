@@ -21,8 +21,10 @@ _CONF = {
     "spark.ui.showConsoleProgress": "true",
     "spark.driver.memory": "3g",
 }
-# Workers on other machines need the driver's true address, and a cluster's data more partitions.
+# Workers on other machines need the driver's true address, and a cluster's data more partitions. The driver's page, which
+# would answer the whole network, asks nobody for a password.
 _ONE_MACHINE = {
+    "spark.ui.enabled": "false",
     "spark.driver.host": "127.0.0.1",
     "spark.driver.bindAddress": "127.0.0.1",
     "spark.sql.shuffle.partitions": "8",

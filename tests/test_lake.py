@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from jobs.lake import Lake, LakeError
+from jobs.lake import Lake, LakeError, where
 from schemas.table import table as schema
 
 NIGHTS = [date(2026, 3, 1) + timedelta(days=n) for n in range(3)]
@@ -41,6 +41,20 @@ def test_a_date_is_read_at_its_version_and_as_it_is_now_where_that_is_gone(tmp_p
     with pytest.raises(LakeError, match=f"has no version {versions[0]} any more"):
         lake.read("user_embeddings", version=versions[0])
     assert lake.read_date("user_embeddings", NIGHTS[0], versions[0]).equals(before)
+
+
+@pytest.mark.parametrize("uri", ["", " ", "my lake [1]", "s3://bucket/{a,b}", "lake*"])
+def test_a_lake_that_would_be_the_root_or_a_pattern_is_refused(uri: str) -> None:
+    with pytest.raises(LakeError, match="a folder or a URI, without any of the characters"):
+        Lake(uri)
+
+
+def test_a_value_with_quotes_is_no_more_than_a_value(tmp_path: Path) -> None:
+    lake = Lake(str(tmp_path))
+    commit(lake, NIGHTS[0])
+    lake.table("user_embeddings").delete(where("user_id", ["') OR true --", "it's"]))
+    assert lake.read("user_embeddings").num_rows == 1
+    assert lake.read("user_embeddings", user_id="u' OR 'a' = 'a").num_rows == 0
 
 
 def test_a_commit_that_no_other_writer_was_in_the_way_of_says_what_was(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from udfs.encoder_recipe import read_recipe, version
-from udfs.model_files import MINILM_SHA256, ModelError, file_sha256, find_model
+from udfs.model_files import MINILM_SHA256, SMOLLM2_SHA256, ModelError, file_sha256, find_model
 
 
 @pytest.fixture
@@ -86,6 +86,27 @@ def test_shards_named_in_the_index_must_be_there(copy: Path) -> None:
     (copy / "model.safetensors").rename(copy / "model-00001-of-00002.safetensors")
     with pytest.raises(ModelError, match="model-00002-of-00002"):
         find_model(str(copy))
+
+
+def test_weights_that_would_not_count_for_what_a_model_is_are_refused(copy: Path) -> None:
+    """transformers would take them, and the cache of texts would mix two models under one version."""
+    (copy / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="holds an adapter"):
+        find_model(str(copy))
+    (copy / "adapter_config.json").unlink()
+    (copy / "model.safetensors").rename(copy.parent / "elsewhere.safetensors")
+    index = {"weight_map": {"a": "../elsewhere.safetensors"}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=r"lacks \['../elsewhere.safetensors'\]"):
+        find_model(str(copy))
+
+
+def test_a_conversion_that_is_not_whole_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("udfs.model_files._checked", lambda file, expected: expected)
+    monkeypatch.setattr("udfs.model_files._package", lambda module, distribution: tmp_path)
+    (tmp_path / "models" / f"smollm2-{SMOLLM2_SHA256[:16]}-1").mkdir(parents=True)
+    with pytest.raises(ModelError, match=r"smollm2'.* has no config.json"):
+        find_model("smollm2", cache=tmp_path)
 
 
 def test_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,6 +64,12 @@ def test_settings_that_cannot_be_used_are_named(override: str, message: str) -> 
         load(CONF / "demo.yaml", [override])
 
 
+def test_values_that_are_not_wrong_are_not_shown() -> None:
+    with pytest.raises(SettingsError, match=r"--set spark.conf, --set seed: .*\n +seed") as told:
+        load(CONF / "demo.yaml", ["spark.conf={spark.hadoop.fs.s3a.secret.key: hunter2}", "seed=-1"])
+    assert "hunter2" not in str(told.value)
+
+
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no settings file"):
         load(tmp_path / "nothing.yaml")

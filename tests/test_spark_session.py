@@ -22,7 +22,7 @@ from jobs.settings import Spark
 from jobs.spark_session import session
 conf = {"spark.sql.shuffle.partitions": "5", "spark.default.parallelism": "4", "spark.driver.memory": "2g"}
 spark = session(Spark(master=sys.argv[2] or None, conf=conf))
-names = ["spark.master", *conf, "spark.driver.host"]
+names = ["spark.master", *conf, "spark.driver.host", "spark.ui.enabled"]
 zone = {"zone": spark.conf.get("spark.sql.session.timeZone")}
 print(json.dumps({name: spark.sparkContext.getConf().get(name) for name in names} | zone))
 """
@@ -47,6 +47,7 @@ def test_what_spark_submit_is_told_wins_over_the_settings(tmp_path: Path) -> Non
         "spark.default.parallelism": "4",
         "spark.driver.memory": "3g",  # Java runs already; this is what our spark-submit gives it
         "spark.driver.host": "127.0.0.1",
+        "spark.ui.enabled": "false",  # it would answer the whole network
         "zone": "UTC",  # which decides what a run date knows
     }
     assert "without spark.driver.memory of spark.conf" in said

@@ -125,6 +125,12 @@ def _require_whole(directory: Path, name: str) -> None:
         raise ModelError(
             f"language model {name!r}: {directory} has no config.json, so it is no Hugging Face model directory"
         )
+    # transformers would load it on top without a word.
+    if (directory / "adapter_config.json").exists():
+        raise ModelError(
+            f"language model {name!r}: {directory} holds an adapter (adapter_config.json): merge it into the weights "
+            "(merge_and_unload of peft) and name the folder that was made of both"
+        )
     missing = _missing_weights(directory)
     if missing:
         raise ModelError(
@@ -140,7 +146,8 @@ def _missing_weights(directory: Path) -> list[str]:
         if index.is_file()
         else ["model.safetensors"]
     )
-    return [file for file in wanted if not (directory / file).is_file()]
+    # A file elsewhere would not count for what the model is.
+    return [file for file in wanted if Path(file).name != file or not (directory / file).is_file()]
 
 
 def _identity(directory: Path) -> str:
@@ -195,6 +202,7 @@ def _from_hub(name: str) -> Path:
 def _convert(source: Path, target: Path) -> Path:
     """`source` (GGUF) as a directory of safetensors and tokenizer at `target`; there at once and whole, or not at all."""
     if target.is_dir():
+        _require_whole(target, "smollm2")
         return target
     import torch
     from transformers import AutoModel, AutoTokenizer

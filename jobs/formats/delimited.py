@@ -2,7 +2,7 @@
 
 A block without quotes is parsed by Arrow at full speed; one that has quotes, or in which a line does not fit, goes
 record by record, so that a bad line costs that line only. A quote that is never closed costs the line it is on, not
-the rest of the file.
+the rest of the file; many of them are no CSV with quotes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from jobs.formats.files import BLOCK_BYTES, MAX_LINE_BYTES, SourceFile, line_blo
 _ROWS = 8192
 # A quoted field that runs over more lines than this holds is a quote that was never closed.
 _RECORD_BYTES = 16 << 20
+# Quotes of a block that are never closed. To find each of them the rest of the block is read.
+_UNCLOSED = 100
 # Stands for a separator of several characters; no text holds the "unit separator".
 _STAND_IN = "\x1f"
 
@@ -36,6 +38,7 @@ def header(file: SourceFile, delimiter: str) -> list[str]:
                 text = line.decode("utf-8-sig")
             except UnicodeDecodeError as error:
                 raise FormatError(f"{file.name}: the first line, with the column names, is no UTF-8") from error
+            csv.field_size_limit(MAX_LINE_BYTES)
             return [name.strip() for name in next(csv.reader([text.rstrip("\r")], delimiter=delimiter))]
     raise FormatError(f"{file.name} is empty: it has not even a line of column names")
 
@@ -55,6 +58,9 @@ def read(
     Args:
         names: all the file's columns, in its order; a line with another number of fields is rejected.
         delimiter: a character; or a string such as `::`, where `quoted` is False.
+
+    Raises:
+        FormatError: many quotes are opened and never closed.
     """
     joined = delimiter if len(delimiter) == 1 else _STAND_IN
     positions = [names.index(theirs) for theirs in wanted.values()]
@@ -78,7 +84,7 @@ def read(
                 tally.rows_in += chunk.num_rows
                 yield chunk
         else:
-            records = _Records(block, joined, quoted, last=following is None)
+            records = _Records(file.name, block, joined, quoted, last=following is None)
             yield from _slow(records, len(names), positions, ours, tally)
             carry = records.rest
         block = following
@@ -117,17 +123,17 @@ class _Records:
     After the iteration, `rest` holds a record that the block began and did not end.
     """
 
-    def __init__(self, block: bytes, delimiter: str, quoted: bool, *, last: bool) -> None:
+    def __init__(self, name: str, block: bytes, delimiter: str, quoted: bool, *, last: bool) -> None:
         # Broken UTF-8 survives as surrogates and is turned back into the same bytes.
         self._lines = block.decode("utf-8", "surrogateescape").split("\n")
         if self._lines[-1] == "":
             self._lines.pop()
-        self._delimiter, self._quoted, self._last = delimiter, quoted, last
+        self._name, self._delimiter, self._quoted, self._last = name, delimiter, quoted, last
         self.rest = b""
 
     def __iter__(self) -> Iterator[list[str] | str]:
         csv.field_size_limit(MAX_LINE_BYTES)
-        at = 0
+        at, unclosed = 0, 0
         while at < len(self._lines):
             # The reader is made anew after each bad line: it starts at the line after it.
             feed = _Feed(self._lines, at)
@@ -147,6 +153,12 @@ class _Records:
                     if len(tail) < _RECORD_BYTES:
                         self.rest = (tail + "\n").encode("utf-8", "surrogateescape")
                         return
+                unclosed += "unexpected end" in str(error)
+                if unclosed > _UNCLOSED:
+                    raise FormatError(
+                        f"{self._name}: more than {_UNCLOSED} quotes are opened and never closed, the last of them in the line "
+                        f"{self._lines[at][:80]!r}: it is no CSV with quotes; export it anew"
+                    ) from error
                 yield self._lines[at]
                 at += 1
 
