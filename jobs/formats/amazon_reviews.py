@@ -140,6 +140,7 @@ def _object(line: bytes, tally: Tally, *, literal: bool = False) -> dict[str, An
 
 def _products(files: tuple[SourceFile, ...], tally: Tally) -> Iterator[pa.RecordBatch]:
     rows: list[tuple[str | None, str | None, str | None]] = []
+    held = 0
     for file in files:
         for line in lines(file):
             tally.rows_in += 1
@@ -147,9 +148,10 @@ def _products(files: tuple[SourceFile, ...], tally: Tally) -> Iterator[pa.Record
             if product is None:
                 continue
             rows.append((_first(product, ("parent_asin", "asin")), _plain(product.get("title")), _describe(product)))
-            if len(rows) == _ROWS:
+            held += len(line)
+            if len(rows) == _ROWS or held > BLOCK_BYTES:
                 yield text_batch(rows, _PRODUCT)
-                rows = []
+                rows, held = [], 0
     if rows:
         yield text_batch(rows, _PRODUCT)
 
@@ -171,9 +173,14 @@ def _describe(product: dict[str, Any]) -> str:
 
 def _strings(value: Any) -> list[str]:
     """The strings in nested lists, in order."""
-    if isinstance(value, str):
-        return [value]
-    return [text for part in value for text in _strings(part)] if isinstance(value, list | tuple) else []
+    found, waiting = [], [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            found.append(one)
+        elif isinstance(one, list | tuple):
+            waiting += reversed(one)
+    return found
 
 
 def _plain(value: Any) -> str:

@@ -17,6 +17,7 @@ from jobs.formats.files import SourceFile, decoded, lines
 
 OPTIONS = ()
 _ROWS = 65_536
+_DIGITS = 18  # of a number that fits into int64
 
 
 def open_source(request: Request) -> dict[str, TableSource]:
@@ -49,7 +50,7 @@ def _libraries(file: SourceFile, tally: Tally) -> Iterator[pa.RecordBatch]:
     papers: list[str] = []
     for user, line in enumerate(lines(file)):
         count, *numbers = line.split()
-        if not all(n.isdigit() for n in (count, *numbers)) or int(count) != len(numbers):
+        if not all(n.isdigit() for n in numbers) or count != str(len(numbers)).encode():
             tally.rows_in += 1
             tally.reject("unparseable_line", line.decode("utf-8", "backslashreplace"))
             continue
@@ -69,7 +70,7 @@ def _papers(file: SourceFile, names: list[str], tally: Tally) -> Iterator[pa.Rec
     for batch in delimited.read(file, names, wanted, tally):
         rows: list[tuple[str | None, ...]] = []
         for number, *texts in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-            if not (number or b"").isdigit():
+            if not (number or b"").isdigit() or len(number) > _DIGITS:
                 tally.reject("unparseable_line", f"doc.id {number!r}")
                 continue
             rows.append((str(int(number) - 1), *(None if text is None else decoded(text) for text in texts)))

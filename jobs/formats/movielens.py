@@ -95,7 +95,7 @@ def _genres(file: SourceFile | None) -> list[str]:
     if file is None:
         return _GENRES_100K
     pairs = [line.decode("latin-1").split("|") for line in lines(file)]
-    named = {int(pair[1]): pair[0] for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
+    named = {int(pair[1]): pair[0] for pair in pairs if len(pair) == 2 and re.fullmatch("[0-9]{1,3}", pair[1])}
     return [named.get(i, "unknown") for i in range(max(named, default=-1) + 1)]
 
 
