@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from jobs.formats import amazon_reviews, citeulike, movielens
-from jobs.formats.contract import Request, Tally, TableSource
+from jobs.formats.contract import Request, TableSource, Tally
 
 
 def _items(source: TableSource) -> tuple[list[pa.RecordBatch], Tally]:

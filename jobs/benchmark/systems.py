@@ -80,8 +80,9 @@ def _system(data: DataSet, system: str, seed: int, given: list[str], work: Path)
 
     def make() -> dict[str, Any]:
         log(f"[benchmark] {data.name}, {system}, seed {seed}")
-        shutil.rmtree(work / data.name, ignore_errors=True)
-        lake = lake_of(data, work)
+        lakes = work / "lakes"  # a folder of its own: --work may be one that holds others of the data set's name
+        shutil.rmtree(lakes / data.name, ignore_errors=True)
+        lake = lake_of(data, lakes)
         one: dict[str, Any] = {"seed": seed, "seconds": {}, "gib": {}}
         for name in (*_SHARED, *_SAMPLING):  # a night samples users whatever places the items
             with PeakOfChildren() as peak:
