@@ -19,6 +19,7 @@ _COLOURS = {
 }
 # Of lines that must be told apart; beyond these they come again, dashed and then dotted.
 _LINES = ("#1f5fa8", "#d1495b", "#2e8b57", "#d98e04", "#7b4fa3", "#5aa0dc", "#8d6e53")
+_BINS = 40  # of a histogram
 _INK, _GRID = "#30363d", "#e4e8ec"
 
 
@@ -72,12 +73,12 @@ def metrics(rows: Sequence[dict[str, Any]], metric: str, systems: Sequence[str])
     return _svg(figure)
 
 
-def bins(values: NDArray[np.float64], count: int = 40) -> NDArray[np.float64]:
-    """Edges [count + 1] of bins of equal width on a logarithmic axis, from the least value to the greatest."""
+def bins(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Edges [41] of bins of equal width on a logarithmic axis, from the least value to the greatest."""
     low, high = float(values.min()), float(values.max())
     if high < 1.1 * low:
         low, high = low / 1.1, high * 1.1
-    edges = np.geomspace(low, high, count + 1)
+    edges = np.geomspace(low, high, _BINS + 1)
     edges[[0, -1]] = low, high  # rounding would lose the values at the ends
     return edges
 

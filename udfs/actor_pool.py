@@ -29,8 +29,8 @@ def map_ordered(
     arguments: tuple[Any, ...],
     shards: Iterable[Any],
     *,
-    actors: int = 1,
-    cpus: float = 1.0,
+    actors: int,
+    cpus: float,
     gpus: float = 0.0,
     start_seconds: float = 600.0,
 ) -> Iterator[Any]:

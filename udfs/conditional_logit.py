@@ -9,16 +9,17 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
+# Of a Gaussian around 0, in squares of (weight x the score's spread among a user's candidates): n users who always chose the
+# best would make weights infinite.
+_PRIOR = 1.0
 
 
-def fit(scores: list[npt.NDArray[np.floating]], prior: float = 1.0) -> Floats:
+def fit(scores: list[npt.NDArray[np.floating]]) -> Floats:
     """The weights [F], none below 0, under which what the users chose is likeliest.
 
     Args:
         scores: F arrays [n, C]: of each of n users the chosen candidate first, then the others; NaN in all of them where a
             user has fewer candidates.
-        prior: of a Gaussian around 0, in squares of (weight x the score's spread among a user's candidates): n users who
-            always chose the best would make weights infinite.
 
     Raises:
         ValueError: there is no user, or no score.
@@ -42,8 +43,8 @@ def fit(scores: list[npt.NDArray[np.floating]], prior: float = 1.0) -> Floats:
         most = odds.max(1, keepdims=True)
         likely = np.exp(odds - most)
         total = likely.sum(1, keepdims=True)
-        value = (most + np.log(total))[:, 0].sum() - odds[:, 0].sum() + prior / 2 * weights @ weights
-        slope = np.einsum("nc,ncf->f", likely / total, x) - x[:, 0].sum(0) + prior * weights
+        value = (most + np.log(total))[:, 0].sum() - odds[:, 0].sum() + _PRIOR / 2 * weights @ weights
+        slope = np.einsum("nc,ncf->f", likely / total, x) - x[:, 0].sum(0) + _PRIOR * weights
         return float(value), slope
 
     start = np.zeros(x.shape[2])

@@ -19,6 +19,7 @@ Scorer = Callable[[Ints], NDArray[np.float32]]
 
 #: Scores that exist at a time; each costs about 20 bytes with what the ranking needs beside it.
 CHUNK_SCORES = 4_000_000
+_LEVEL = 0.95  # of the intervals
 
 
 @dataclass(frozen=True)
@@ -137,18 +138,18 @@ def per_user(scorer: Scorer, task: Task, ks: Sequence[int], chunk_scores: int = 
 
 
 def bootstrap(
-    values: NDArray[np.float64], draws: int, seed: int, level: float = 0.95
+    values: NDArray[np.float64], draws: int, seed: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
-    """Percentile interval of the mean of each column of `values` [n, q] over users drawn with replacement: (low, high), [q].
+    """95 % interval, by percentiles, of the mean of each column of `values` [n, q] over users drawn with replacement.
 
-    The same seed draws the same users, so systems over the same users are compared on the same draws. None without
-    draws or users.
+    Returns (low, high), each [q]; None without draws or users. The same seed draws the same users, so systems over the same
+    users are compared on the same draws.
     """
     users = len(values)
     if draws == 0 or users == 0:
         return None
     generator = np.random.Generator(np.random.Philox(seed))
     means = np.stack([values[generator.integers(0, users, users)].mean(axis=0) for _ in range(draws)])
-    tail = (1 - level) / 2
+    tail = (1 - _LEVEL) / 2
     low, high = np.quantile(means, [tail, 1 - tail], axis=0)
     return low, high

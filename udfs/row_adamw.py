@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+_BETAS, _EPS = (0.9, 0.999), 1e-8  # AdamW's own
+
 
 class RowAdamW(torch.optim.Optimizer):
     """For parameters [rows, ...] whose gradients are sparse in the first dimension (COO).
@@ -19,21 +21,14 @@ class RowAdamW(torch.optim.Optimizer):
     State of a parameter: exp_avg and exp_avg_sq like it, step [rows] float32.
     """
 
-    def __init__(
-        self,
-        params: Iterable[torch.nn.Parameter],
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+    def __init__(self, params: Iterable[torch.nn.Parameter], lr: float, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """Update the rows that have a gradient. `closure` is not called."""
+        first, second = _BETAS
         for group in self.param_groups:
-            first, second = group["betas"]
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -49,6 +44,6 @@ class RowAdamW(torch.optim.Optimizer):
                 square = state["exp_avg_sq"][rows].mul_(second).addcmul_(values, values, value=1 - second)
                 state["step"][rows], state["exp_avg"][rows], state["exp_avg_sq"][rows] = step, mean, square
                 step = step.view(-1, *[1] * (values.ndim - 1))
-                root = square.sqrt() / (1 - second**step).sqrt() + group["eps"]
+                root = square.sqrt() / (1 - second**step).sqrt() + _EPS
                 moved = parameter[rows] * (1 - group["lr"] * group["weight_decay"])
                 parameter[rows] = moved - group["lr"] / (1 - first**step) * (mean / root)

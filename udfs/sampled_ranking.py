@@ -14,6 +14,9 @@ from udfs.backbone import Backbone
 from udfs.cf_inputs import CfError
 from udfs.sequences import PADDING, Ints, Sequences, Split
 
+# As SASRec's released code has them: items drawn beside the true one, and K of the NDCG.
+_NEGATIVES, _K = 100, 10
+
 
 def candidates(truth: Ints, known: Sequences, n_items: int, negatives: int, seed: int) -> Ints:
     """[n, 1 + negatives]: the true item of each row first, then different items drawn uniformly that are not in `known`.
@@ -63,13 +66,11 @@ def ndcg(places: Ints, k: int) -> NDArray[np.float64]:
     return np.where(places < k, 1.0 / np.log2(places + 2.0), 0.0)
 
 
-def validation(
-    backbone: Backbone, split: Split, seed: int, *, max_users: int = 10_000, negatives: int = 100, k: int = 10
-) -> Callable[[], float]:
-    """A function that gives NDCG@k of the validation items, each among drawn ones (the same every time).
+def validation(backbone: Backbone, split: Split, seed: int, *, max_users: int = 10_000) -> Callable[[], float]:
+    """A function that gives NDCG@10 of the validation items, each among 100 drawn ones (the same every time).
 
-    Of at most max_users users, drawn from `seed`; 100 negatives and 10,000 users are what SASRec's released code takes. Of
-    few items, fewer are drawn.
+    Of at most max_users users, drawn from `seed`; 10,000 are what SASRec's released code takes. Of few items, fewer are
+    drawn.
 
     Raises:
         CfError: no user has a validation item, or somebody knows every item.
@@ -78,11 +79,11 @@ def validation(
     rng = np.random.Generator(np.random.Philox(seed))
     users = np.sort(rng.permutation(users)[:max_users])
     known, n_items = split.train.take(users), len(backbone.items)
-    negatives = min(negatives, n_items - 1 - int(known.lengths.max(initial=0)))
+    negatives = min(_NEGATIVES, n_items - 1 - int(known.lengths.max(initial=0)))
     if not len(users) or negatives < 1:
         raise CfError(
             f"nothing to validate on: {len(users)} users with three events or more, {n_items} items; train without "
             "validation, or on more data"
         )
     asked = candidates(split.validation[users], known, n_items, negatives, seed)
-    return lambda: float(ndcg(ranks(backbone.score(users, known, asked)), k).mean())
+    return lambda: float(ndcg(ranks(backbone.score(users, known, asked)), _K).mean())

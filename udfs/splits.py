@@ -10,16 +10,15 @@ import numpy as np
 import pandas as pd
 
 PARTS = ("train", "warm_val", "warm_test", "cold_val", "cold_test")
+_WARM_SHARE, _HELD_OUT_SHARE = 0.8, 0.1  # of items; of the warm ones' pairs, twice
 
 
-def random_item(
-    pairs: pd.DataFrame, seed: int, *, warm_share: float = 0.8, held_out_share: float = 0.1
-) -> pd.DataFrame:
+def random_item(pairs: pd.DataFrame, seed: int) -> pd.DataFrame:
     """The split of ALDI, ColdLLM, USIM, ColdRec and FilterLLM (arXiv 2502.16924), with a seed of our own.
 
-    Of the shuffled items the first `warm_share` are warm. Their pairs are shuffled and `held_out_share` of them becomes
-    warm_val, as many warm_test, the rest train; a held-out pair whose user or item is not in train moves there. Pairs of
-    cold items with users who are not in train are dropped, and the cold items that are left are cut into halves.
+    Of the shuffled items the first 80 % are warm. Their pairs are shuffled and 10 % of them become warm_val, as many
+    warm_test, the rest train; a held-out pair whose user or item is not in train moves there. Pairs of cold items with users
+    who are not in train are dropped, and the cold items that are left are cut into halves.
 
     Args:
         pairs: columns user_id, item_id; duplicates count once. The order of rows does not matter.
@@ -30,12 +29,12 @@ def random_item(
     pairs = pairs[["user_id", "item_id"]].drop_duplicates().sort_values(["user_id", "item_id"], ignore_index=True)
     generator = np.random.Generator(np.random.Philox(seed))
     items = generator.permutation(np.sort(pairs["item_id"].unique()))
-    warm_items = items[: int(warm_share * len(items))]
+    warm_items = items[: int(_WARM_SHARE * len(items))]
     is_warm = pairs["item_id"].isin(warm_items).to_numpy()
     part = np.full(len(pairs), "", dtype=object)
 
     warm = generator.permutation(np.flatnonzero(is_warm))
-    held_out = int(held_out_share * len(warm))
+    held_out = int(_HELD_OUT_SHARE * len(warm))
     part[warm] = "train"
     part[warm[:held_out]] = "warm_val"
     part[warm[held_out : 2 * held_out]] = "warm_test"

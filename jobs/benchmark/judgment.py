@@ -36,6 +36,7 @@ Ints = NDArray[np.int64]
 #: How much faster FilterLLM's paper (arXiv 2502.16924) is than ColdLLM, an item.
 PAPER = 34.75
 _WIDTH = 128  # of the user vocabulary; what was measured is with this one, conf/citeulike.yaml has 256
+_BATCH_TOKENS = 8192
 # What FilterLLM's own prompts are like: a task, then the item.
 _TASK = "Describe which researchers will want to read a paper with the following title.\nTitle: {title}\nResearchers:"
 # The least that an item's own part of the prompt can be: the question is asked before it, once a user.
@@ -84,7 +85,6 @@ def measure_speed(
     model: str = "smollm2",
     history: int = 10,
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
-    batch_tokens: int = 8192,
     device: str = "cpu",
     rounds: int = 4,
     seed: int = 7,
@@ -111,7 +111,7 @@ def measure_speed(
     chosen = rng.permutation(cold)[:items]
     k = len(data.items) / len(cold)
     directory = find_model(model).directory
-    options: dict[str, Any] = {"dtype": dtype, "batch_tokens": batch_tokens, "device": device}
+    options: dict[str, Any] = {"dtype": dtype, "batch_tokens": _BATCH_TOKENS, "device": device}
     asked = Judge(directory, **options)
     encoder = asked.encoder  # one set of weights for both ways
     scorer = _Scorer(encoder, len(data.histories), seed)
