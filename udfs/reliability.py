@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from udfs.scorers import log_sum_exp
+
 #: Bins a decade, and the decades below 1 that are told apart; the lowest bin also takes everything below it.
 PER_DECADE, DECADES = 3, 9
 BINS = PER_DECADE * DECADES
@@ -77,11 +79,13 @@ def reliability(
     user_step = max(1, tile // item_step)
     for start in range(0, len(kept), item_step):
         items = kept[start : start + item_step]
-        normaliser = _log_sum_exp(queries[items], keys, bias, user_step)
+        starts = range(0, len(keys), user_step)
+        tiles = (_logits(queries[items], keys, bias, first, user_step) for first in starts)
+        normaliser = log_sum_exp(tiles, len(items))
         true = np.concatenate([users[indptr[i] : indptr[i + 1]] for i in items])
         rows = np.repeat(np.arange(len(items)), counts[items])
         share = 1.0 / counts[items][rows]
-        for first in range(0, len(keys), user_step):
+        for first in starts:
             log_p = _logits(queries[items], keys, bias, first, user_step) - normaliser[:, None]
             bins = _bins(log_p)
             pairs += np.bincount(bins.ravel(), minlength=BINS)
@@ -101,18 +105,6 @@ def _logits(
     if not np.isfinite(logits).all():
         raise ValueError("a logit is not finite: so is something in the model or in a text embedding")
     return logits
-
-
-def _log_sum_exp(
-    queries: NDArray[np.float32], keys: NDArray[np.float32], bias: NDArray[np.float32] | None, step: int
-) -> NDArray[np.float64]:
-    """[n] float64; a float32 normaliser would shift every probability of an item by up to 1e-6 of it."""
-    total = np.full(len(queries), -np.inf)
-    for first in range(0, len(keys), step):
-        logits = _logits(queries, keys, bias, first, step)
-        peak = logits.max(axis=1)
-        total = np.logaddexp(total, peak + np.log(np.exp(logits - peak[:, None]).sum(axis=1)))
-    return total
 
 
 def _bins(log_p: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -54,7 +56,10 @@ def distribution_scorer(
     offsets = np.zeros(len(keys), np.float32) if bias is None else bias
     normaliser = np.zeros(len(queries), np.float32)
     if normalize:
-        normaliser = log_sum_exp(usable, keys[user_known], offsets[user_known])
+        known, more = keys[user_known], offsets[user_known]
+        step = max(1, _TILE // max(1, len(usable)))
+        tiles = (usable @ known[s : s + step].T + more[s : s + step] for s in range(0, len(known), step))
+        normaliser = log_sum_exp(tiles, len(usable)).astype(np.float32)
     # The whole as one inner product: [z, b, 1] . [q, 1, -normaliser].
     users = np.column_stack([keys, offsets, np.ones(len(keys), np.float32)])
     items = np.column_stack([usable, np.ones(len(queries), np.float32), -normaliser])
@@ -62,17 +67,14 @@ def distribution_scorer(
     return dot_scorer(users, items, candidates, user_known)
 
 
-def log_sum_exp(
-    queries: NDArray[np.float32], keys: NDArray[np.float32], bias: NDArray[np.float32], tile: int = _TILE
-) -> NDArray[np.float32]:
-    """[m] log of the sum over users of exp(q . z_u + b_u), a tile of users at a time (exact, as the running maximum moves)."""
-    top = np.full(len(queries), -np.inf)
-    total = np.zeros(len(queries))
-    step = max(1, tile // max(1, len(queries)))
-    for start in range(0, len(keys), step):
-        logits = queries @ keys[start : start + step].T + bias[start : start + step]
-        moved = np.maximum(top, logits.max(axis=1))
-        total = total * np.exp(top - moved) + np.exp(logits - moved[:, None]).sum(axis=1)
-        top = moved
-    with np.errstate(divide="ignore"):
-        return (top + np.log(total)).astype(np.float32)
+def log_sum_exp(tiles: Iterable[NDArray[np.floating]], rows: int) -> NDArray[np.float64]:
+    """[rows]: the log of the sum of exp over what `tiles` [rows, one user or more] hold one beside the other; -inf of none.
+
+    It is float64: a float32 normaliser would shift every probability of an item by up to 1e-6 of it.
+    """
+    total = np.full(rows, -np.inf)
+    for tile in tiles:
+        logits = tile.astype(np.float64, copy=False)
+        peak = logits.max(axis=1)
+        total = np.logaddexp(total, peak + np.log(np.exp(logits - peak[:, None]).sum(axis=1)))
+    return total
