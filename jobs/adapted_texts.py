@@ -6,14 +6,12 @@ from __future__ import annotations
 import pyarrow as pa
 import torch
 
-from jobs.ray_cluster import cluster
-from jobs.run import Run, log
+from jobs import text_embeddings
+from jobs.run import Run
 from jobs.settings import Text
 from jobs.settings_section import Lora
 from jobs.staging import Staging
-from jobs.text_embeddings import TABLE, app, cached, distinct, encoder_spec, rows, texts
 from udfs import lora
-from udfs.actor_pool import map_ordered
 from udfs.lora import AdaptedEncoderActor, LoraTexts
 from udfs.text_encoder import TextEncoder
 
@@ -34,9 +32,10 @@ def trainable(
         language_model: the version that it must have.
 
     Raises:
-        udfs.lora.LoraError: it has another one, or no layers for adapters.
+        udfs.model_files.ModelError: it has another one.
+        udfs.lora.LoraError: it has no layers for adapters.
     """
-    encoder = lora.encoder_of(encoder_spec(text), language_model, str(device))
+    encoder = text_embeddings.encoder_spec(text).load(language_model, str(device))
     lora.attach(
         encoder,
         rank=conf.lora_rank,
@@ -59,33 +58,14 @@ def encode(run: Run, model: Staging, snapshot: Staging, shas: pa.Array) -> None:
 
     Raises:
         jobs.ray_cluster.ClusterError, udfs.actor_pool.WorkerError: Ray or a worker failed.
-        udfs.lora.LoraError: the language model is another one.
+        udfs.model_files.ModelError: the language model is another one.
+        udfs.lora.LoraError: the adapters do not fit it.
     """
-    facts, ray = model.facts(), run.settings.ray
-    own = facts["encoder_version"]
-    wanted = distinct(shas)
-    pending = wanted.filter(pa.array(~cached(run.lake, own, wanted)[1]))
-    if not len(pending):
-        return
-    content = texts(snapshot, pending, run.settings.text.max_tokens)
-    size = run.settings.text.shard_texts
-    shards = [pending.slice(start, size) for start in range(0, len(pending), size)]
-    sequences = run.lake.sequences(TABLE, [app(shard, own) for shard in shards])
-    log(f"[{TABLE}] {len(pending)} texts in {len(shards)} shards through {own}")
-    worker = (
-        encoder_spec(run.settings.text),
-        facts["language_model"],
-        {name: model.read_bytes(name) for name in FILES},
-        "cuda" if ray.gpus_per_actor > 0 else "cpu",
-    )
-    with cluster(ray):
-        encoded = map_ordered(
-            AdaptedEncoderActor,
-            worker,
-            (content.slice(start, size).to_pylist() for start in range(0, len(pending), size)),
-            actors=min(ray.actors, len(shards)),
-            cpus=ray.cpus_per_actor,
-            gpus=ray.gpus_per_actor,
-        )
-        for shard, sequence, vectors in zip(shards, sequences, encoded, strict=True):
-            run.lake.commit(TABLE, rows(shard, own, vectors), app=app(shard, own), sequence=sequence)
+    facts = model.facts()
+    own, wanted = facts["encoder_version"], text_embeddings.distinct(shas)
+    at, there = text_embeddings.cached(run.lake, own, wanted)
+    pending = wanted.filter(pa.array(~there))
+    if len(pending):
+        files = {name: model.read_bytes(name) for name in FILES}
+        arguments = (text_embeddings.encoder_spec(run.settings.text), facts["language_model"], files)
+        text_embeddings.encode(run, snapshot, AdaptedEncoderActor, arguments, own, at, pending)

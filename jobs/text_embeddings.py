@@ -90,7 +90,7 @@ def _complete(run: Run, spec: EncoderSpec, version: str, wanted: pa.Array) -> in
     if not len(pending):
         log(f"[{TABLE}] all {len(wanted)} texts have their vectors under {version}: nothing is encoded")
         return 0
-    _encode(run, spec, version, at, pending)
+    encode(run, run.staging("snapshot"), EncoderActor, (spec, version), version, at, pending)
     lost = int((~cached(run.lake, version, wanted)[1]).sum())
     if lost:
         raise TextEmbeddingsError(f"table '{TABLE}' lacks {lost} of {len(wanted)} texts of {version}; run again")
@@ -148,24 +148,41 @@ def cached(lake: Lake, model_version: str, wanted: pa.Array) -> tuple[int | None
     return at, there
 
 
-def _encode(run: Run, spec: EncoderSpec, version: str, at: int | None, pending: pa.Array) -> None:
-    """Encode and commit the texts whose hashes are `pending` (sorted), which the table lacks at its version `at`."""
+def encode(
+    run: Run,
+    snapshot: Staging,
+    actor: type,
+    arguments: tuple[Any, ...],
+    version: str,
+    at: int | None,
+    pending: pa.Array,
+) -> None:
+    """Encode texts on Ray, and commit every shard of them under `version`, in order, when it is done.
+
+    Args:
+        snapshot: which has the texts.
+        actor, arguments: what encodes (see `udfs.actor_pool.map_ordered`), made of these arguments and the device.
+        at: the version of the table by which they are missing (see `cached`).
+        pending: their hashes, sorted; one at least.
+
+    Raises:
+        jobs.ray_cluster.ClusterError, udfs.actor_pool.WorkerError: Ray or a worker failed.
+        udfs.model_files.ModelError: a worker finds no model, or another one.
+    """
     text, ray = run.settings.text, run.settings.ray
     size = text.shard_texts
     shards = [pending.slice(start, size) for start in range(0, len(pending), size)]
-    apps = [app(shard, version) for shard in shards]
+    apps = [_app(shard, version) for shard in shards]
     sequences = run.lake.sequences(TABLE, apps, at) if at is not None else [0] * len(apps)
-    content = texts(run.staging("snapshot"), pending, text.max_tokens)
+    content = texts(snapshot, pending, text.max_tokens)
     log(f"[{TABLE}] {len(pending)} texts in {len(shards)} shards through {version}")
-    worker = (spec, version, "cuda" if ray.gpus_per_actor > 0 else "cpu")
+    worker = (*arguments, "cuda" if ray.gpus_per_actor > 0 else "cpu")
     actors = min(ray.actors, len(shards))
     lists = (content.slice(start, size).to_pylist() for start in range(0, len(pending), size))
     with cluster(ray), Progress(TABLE, len(pending), "texts") as progress:
-        encoded = map_ordered(
-            EncoderActor, worker, lists, actors=actors, cpus=ray.cpus_per_actor, gpus=ray.gpus_per_actor
-        )
+        encoded = map_ordered(actor, worker, lists, actors=actors, cpus=ray.cpus_per_actor, gpus=ray.gpus_per_actor)
         for shard, one, sequence, vectors in zip(shards, apps, sequences, encoded, strict=True):
-            run.lake.commit(TABLE, rows(shard, version, vectors), app=one, sequence=sequence)
+            run.lake.commit(TABLE, _rows(shard, version, vectors), app=one, sequence=sequence)
             progress.advance(len(shard))
 
 
@@ -186,12 +203,12 @@ def texts(snapshot: Staging, shas: pa.Array, max_tokens: int) -> pa.Array:
     return pc.utf8_slice_codeunits(content, 0, max_tokens * CHARACTERS_A_TOKEN).combine_chunks()
 
 
-def app(shard: pa.Array, version: str) -> str:
+def _app(shard: pa.Array, version: str) -> str:
     """The transaction that commits a shard of texts, given by their hashes, under a model's version."""
     return f"{TABLE}/{version}/{hashlib.sha256(''.join(shard.to_pylist()).encode()).hexdigest()[:32]}"
 
 
-def rows(shard: pa.Array, version: str, vectors: np.ndarray) -> pa.Table:
+def _rows(shard: pa.Array, version: str, vectors: np.ndarray) -> pa.Table:
     """Rows of the table from `vectors` [len(shard), width] float32."""
     embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
     columns = {"text_sha256": shard, "model_version": [version] * len(shard), "embedding": embedding}

@@ -130,7 +130,7 @@ def test_cached_rows_stay_while_a_kept_night_or_part_names_their_version(tmp_pat
         return set(texts["model_version"].to_pylist()), set(scores["scoring_version"].to_pylist())
 
     for version in ("mini", "words", "adapted", "replaced"):
-        rows = text_embeddings.rows(pa.array(["sha"]), version, np.ones((1, 4), np.float32))
+        rows = text_embeddings._rows(pa.array(["sha"]), version, np.ones((1, 4), np.float32))
         lake.commit("text_embeddings", rows, app=f"text_embeddings/{version}")
     for version in ("tonight", "last-year"):
         row = {
@@ -163,7 +163,7 @@ def test_cached_rows_that_stay_are_put_together_in_fewer_files(tmp_path: Path) -
     """Not those that nobody names: written anew they would look young, and stay as long again."""
     lake = Lake(str(tmp_path))
     for number, version in enumerate(("named", "given-up") * 3):
-        rows = text_embeddings.rows(pa.array([f"sha-{number}"]), version, np.full((1, 4), number, np.float32))
+        rows = text_embeddings._rows(pa.array([f"sha-{number}"]), version, np.full((1, 4), number, np.float32))
         lake.commit("text_embeddings", rows, app=f"text_embeddings/{number}")
     before = lake.read("text_embeddings").sort_by("text_sha256")
 

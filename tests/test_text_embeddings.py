@@ -138,8 +138,8 @@ def test_rows_that_were_deleted_are_encoded_again(tmp_path: Path) -> None:
     version = text_embeddings.model_version(run.settings.text)
     shas = pa.array(sorted(sha(t) for t in TEXTS[:4]))
     # As an earlier run left it: the shard committed under its name, its rows deleted since.
-    rows = text_embeddings.rows(shas, version, np.zeros((4, 384), np.float32))
-    app = text_embeddings.app(shas, version)
+    rows = text_embeddings._rows(shas, version, np.zeros((4, 384), np.float32))
+    app = text_embeddings._app(shas, version)
     run.lake.commit("text_embeddings", rows, app=app)
     run.lake.table("text_embeddings").delete()
     assert encode(run)["encoded"] == 4
@@ -153,10 +153,10 @@ def test_rows_that_stand_twice_do_no_harm(tmp_path: Path) -> None:
     shas = [sha(t) for t in TEXTS[:3]]
     vectors = np.arange(3 * 384, dtype=np.float32).reshape(3, 384)
     for app in ("one run", "another run"):
-        run.lake.commit("text_embeddings", text_embeddings.rows(pa.array(shas), version, vectors), app=app)
+        run.lake.commit("text_embeddings", text_embeddings._rows(pa.array(shas), version, vectors), app=app)
     np.testing.assert_array_equal(text_embeddings.load(run, shas[::-1], version), vectors[::-1])
     assert encode(run)["cached"] == 3
-    wider = text_embeddings.rows(pa.array(shas), version, np.ones((3, 8), np.float32))
+    wider = text_embeddings._rows(pa.array(shas), version, np.ones((3, 8), np.float32))
     run.lake.commit("text_embeddings", wider, app="of another width")
     with pytest.raises(text_embeddings.TextEmbeddingsError, match=r"width|and 8|8 and"):
         text_embeddings.load(run, shas, version)
@@ -198,9 +198,9 @@ def test_of_a_large_cache_only_what_is_wanted_is_in_memory(tmp_path: Path, monke
     run = run_of(tmp_path / "lake")
     shas = sorted(sha(str(n)) for n in range(40))
     for n in range(8):
-        part = text_embeddings.rows(pa.array(shas[n * 5 : n * 5 + 5]), "m", np.full((5, 2), n, np.float32))
+        part = text_embeddings._rows(pa.array(shas[n * 5 : n * 5 + 5]), "m", np.full((5, 2), n, np.float32))
         run.lake.commit("text_embeddings", part, app=str(n))
-    other = text_embeddings.rows(pa.array([sha("x")]), "another", np.zeros((1, 2), np.float32))
+    other = text_embeddings._rows(pa.array([sha("x")]), "another", np.zeros((1, 2), np.float32))
     at = run.lake.commit("text_embeddings", other, app="another")
     made: list[int] = []
 
@@ -227,4 +227,4 @@ def test_of_a_large_cache_only_what_is_wanted_is_in_memory(tmp_path: Path, monke
     offsets = np.array([0, size, 2 * size, 2 * size + 1], np.int64)
     zeros = np.zeros(2 * size + 1, np.uint8)
     column = pa.LargeStringArray.from_buffers(3, pa.py_buffer(offsets), pa.py_buffer(zeros))
-    assert text_embeddings.rows(column.slice(2), "m", np.zeros((1, 2), np.float32)).num_rows == 1
+    assert text_embeddings._rows(column.slice(2), "m", np.zeros((1, 2), np.float32)).num_rows == 1

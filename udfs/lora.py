@@ -142,33 +142,12 @@ def settle(encoder: TextEncoder) -> None:
     encoder.model.eval()
 
 
-def encoder_of(spec: EncoderSpec, expected_version: str, device: str) -> TextEncoder:
-    """The language model that `spec` names, in memory.
-
-    Raises:
-        LoraError: it is another one than `expected_version`.
-    """
-    model = spec.resolve()
-    if model.version != expected_version:
-        raise LoraError(f"found {model.version} in {model.directory}, the run uses {expected_version}")
-    if model.directory is None:
-        raise LoraError(f"{spec.model} is no language model: it has no weights for adapters")
-    return TextEncoder(
-        model.directory,
-        pooling=spec.pooling,
-        max_tokens=spec.max_tokens,
-        batch_tokens=spec.batch_tokens,
-        dtype=spec.dtype,
-        device=device,
-    )
-
-
 class AdaptedEncoderActor:
     """A worker for `udfs.actor_pool.map_ordered`: a shard is a list of texts, its result [n, width] float32."""
 
     def __init__(self, spec: EncoderSpec, expected_version: str, files: dict[str, bytes], device: str) -> None:
-        """`files` are those of `dump`; raises LoraError as `encoder_of` and `merge` do."""
-        self._encoder = encoder_of(spec, expected_version, device)
+        """`files` are those of `dump`; raises ModelError as `EncoderSpec.load`, and LoraError as `merge` does."""
+        self._encoder = spec.load(expected_version, device)
         merge(self._encoder, files)
 
     def work(self, shard: list[str]) -> np.ndarray:
