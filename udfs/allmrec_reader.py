@@ -24,9 +24,8 @@ from udfs.allmrec_examples import AllmrecError
 from udfs.allmrec_projections import Projections
 from udfs.allmrec_prompt import Prompt, PromptOptions, Prompts
 from udfs.model_files import ModelError
-from udfs.prompt_tokens import padded
 from udfs.sequences import Ints, Sequences
-from udfs.text_encoder import batches
+from udfs.text_encoder import batches, padded
 from udfs.vectors import Matrix
 
 

@@ -22,8 +22,8 @@ from transformers import AutoTokenizer, DynamicCache
 
 from schemas.errors import ColdRefreshError
 from udfs.encoder_recipe import is_causal
-from udfs.prompt_tokens import PromptTokens, padded
-from udfs.text_encoder import TextEncoder, batches
+from udfs.prompt_tokens import PromptTokens
+from udfs.text_encoder import TextEncoder, batches, padded
 
 Ints = NDArray[np.int64]
 _MARK = "\x00"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
-
-import torch
+from typing import Any
 
 from udfs.text_encoder import readable
 
@@ -33,17 +31,3 @@ class PromptTokens:
             for token in self._special:
                 text = text.replace(token, " ")
         return text
-
-
-def padded(
-    rows: Sequence[Sequence[int]], device: str | torch.device, side: Literal["left", "right"] = "right"
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token numbers and mask, [n, longest] int64 each, padded on one side; what pads is masked, so any token does."""
-    longest = max(map(len, rows))
-    ids = torch.zeros((len(rows), longest), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for number, row in enumerate(rows):
-        where = slice(longest - len(row), None) if side == "left" else slice(None, len(row))
-        ids[number, where] = torch.tensor(row, dtype=torch.long)
-        mask[number, where] = 1
-    return ids.to(device), mask.to(device)

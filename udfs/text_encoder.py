@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoTokenizer
 
 from udfs.encoder_recipe import Recipe, read_recipe
@@ -108,22 +109,25 @@ class TextEncoder:
 
     def forward(self, tokens: list[list[int]]) -> torch.Tensor:
         """Vectors of one batch, [n, width] float32, on the device; differentiable, for what trains `model`."""
-        longest = max(len(ids) for ids in tokens)
-        ids = torch.full((len(tokens), longest), self._pad, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, one in enumerate(tokens):
-            where = slice(longest - len(one), None) if self.padding_side == "left" else slice(None, len(one))
-            ids[row, where] = torch.tensor(one)
-            mask[row, where] = 1
-        inputs: dict[str, Any] = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+        ids, mask = padded(tokens, self.device, self.padding_side, self._pad)
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         if self.padding_side == "left":
             # Positions count from the text's first token, not from the padding.
-            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0).to(self.device)
+            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         if getattr(self.model.config, "use_cache", None):
             inputs["use_cache"] = False
         hidden = self.model(**inputs).last_hidden_state
-        pooled = pool(hidden.float(), inputs["attention_mask"], self.recipe.pooling)
+        pooled = pool(hidden.float(), mask, self.recipe.pooling)
         return torch.nn.functional.normalize(pooled, dim=1) if self.recipe.normalize else pooled
+
+
+def padded(
+    rows: Sequence[Sequence[int]], device: str | torch.device, side: Literal["left", "right"] = "right", pad: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token numbers and mask, [n, longest] int64 each, padded on one side; what pads is masked, so any token does."""
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side=side)
+    return pad_sequence(ids, batch_first=True, padding_value=pad, padding_side=side).to(device), mask.to(device)
 
 
 def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: Literal["mean", "last_token", "cls"]) -> torch.Tensor:
