@@ -19,7 +19,7 @@ import torch
 from jobs import adapted_texts, allmrec_artifacts, allmrec_night, text_embeddings
 from jobs.allmrec_artifacts import Training
 from jobs.allmrec_backbone import Side, SpaceSide
-from jobs.allmrec_night import Mask, Night, prefixes, renumbered
+from jobs.allmrec_night import Mask, Night, renumbered
 from jobs.cf import Space
 from jobs.run import Run
 from jobs.sampled_users import ENOUGH
@@ -145,7 +145,7 @@ def _world(run: Run, night: Night, language_model: str, side: Side) -> _World:
 
     def examples(mask: Mask) -> Examples:
         chosen = rows[mask]
-        before, _ = prefixes(night.histories, chosen, lengths[mask])
+        before, _ = night.histories.prefixes(chosen, lengths[mask])
         x = side.learnt(chosen, lengths[mask])
         return Examples(x, renumbered(before, number)[0], positives[mask], seen.take(chosen))
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from jobs import allmrec_artifacts, cf
 from jobs.allmrec_artifacts import Training
-from jobs.allmrec_night import Mask, Night, prefixes, renumbered
+from jobs.allmrec_night import Mask, Night, renumbered
 from jobs.cf import Space
 from jobs.run import Run
 from udfs import backbone, ncf, sampled_ranking, sequence_training
@@ -64,7 +64,7 @@ class SpaceSide:
         return self._users[rows]
 
     def before(self, rows: Ints, lengths: Ints) -> Matrix:
-        histories, at = prefixes(self._night.histories, rows, lengths)
+        histories, at = self._night.histories.prefixes(rows, lengths)
         mapped, kept = renumbered(histories, self._in_space)
         weights = cf.pair_weights(self._night.weights[at][kept], self._space.facts["binary"])
         return self._space.fold_in(self._space.items, (mapped.indptr, mapped.items, weights), "user_scale")
@@ -92,7 +92,7 @@ class TrainedSide:
         return self.before(rows, self._night.histories.lengths[rows])
 
     def before(self, rows: Ints, lengths: Ints) -> Matrix:
-        histories, _ = prefixes(self._night.histories, rows, lengths)
+        histories, _ = self._night.histories.prefixes(rows, lengths)
         # A user whom ncf does not know is asked for by nobody (`users_known`).
         return self._backbone.users(np.maximum(self._users[rows], 0), renumbered(histories, self._items)[0])
 
@@ -165,5 +165,5 @@ def _split(histories: Sequences) -> Split:
     last = histories.indptr[1:] - 1
     validation = np.full(len(histories), PADDING, np.int64)
     validation[held] = histories.items[last[held]]
-    train, _ = prefixes(histories, np.arange(len(histories)), histories.lengths - held)
+    train, _ = histories.prefixes(np.arange(len(histories)), histories.lengths - held)
     return Split(train, validation, np.full(len(histories), PADDING, np.int64))

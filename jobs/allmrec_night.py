@@ -75,13 +75,6 @@ def read(snapshot: Staging) -> Night:
     )
 
 
-def prefixes(histories: Sequences, rows: Ints, lengths: Ints) -> tuple[Sequences, Ints]:
-    """The first `lengths` items of the histories `rows`, and where each of them is in `histories.items`."""
-    indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    at = np.arange(indptr[-1]) + np.repeat(histories.indptr[rows] - indptr[:-1], lengths)
-    return Sequences(indptr, histories.items[at]), at
-
-
 def renumbered(histories: Sequences, number: Ints) -> tuple[Sequences, Mask]:
     """The histories with item i as number[i], without those that are -1; and which of `histories.items` are left."""
     kept = number[histories.items] >= 0

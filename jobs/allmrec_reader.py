@@ -17,7 +17,7 @@ import pyarrow as pa
 from jobs import allmrec_alignment, allmrec_artifacts
 from jobs.allmrec_artifacts import Training
 from jobs.allmrec_backbone import Side
-from jobs.allmrec_night import Mask, Night, prefixes, renumbered
+from jobs.allmrec_night import Mask, Night, renumbered
 from jobs.allmrec_settings import AllmrecReader
 from jobs.run import Run
 from udfs import allmrec_projections, allmrec_reader_training
@@ -138,7 +138,7 @@ def _examples(night: Night, side: Side, items: Spoken, pool: Ints, conf: Allmrec
 def without_last(night: Night, items: Spoken, rows: Ints) -> tuple[Sequences, Ints]:
     """The histories `rows` as prompts tell of them, without the last item; and the last items."""
     histories = night.histories
-    before, _ = prefixes(histories, rows, histories.lengths[rows] - 1)
+    before, _ = histories.prefixes(rows, histories.lengths[rows] - 1)
     return items.histories(before), histories.items[histories.indptr[rows + 1] - 1]
 
 

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from udfs.sequences import Sequences
+
 _PIECE = 1 << 27
 
 
@@ -31,11 +33,8 @@ class Items:
 
     def targets(self, index: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """indptr and users of the items `index`, int64."""
-        first = self.indptr[index]
-        counts = self.indptr[index + 1] - first
-        indptr = np.concatenate([[0], np.cumsum(counts)])
-        flat = np.repeat(first - indptr[:-1], counts) + np.arange(indptr[-1])
-        return torch.from_numpy(indptr).to(device), torch.from_numpy(self.users[flat].astype(np.int64)).to(device)
+        users = Sequences(self.indptr, self.users).take(index)
+        return torch.from_numpy(users.indptr).to(device), torch.from_numpy(users.items.astype(np.int64)).to(device)
 
     def popularity(self, vocabulary: int) -> np.ndarray:
         """How many items each of so many users has: [vocabulary] int64."""

@@ -67,12 +67,15 @@ class Sequences:
         found[real] = self.items[at[real]]
         return found
 
-    def take(self, rows: Ints) -> Sequences:
-        """These histories, in this order."""
-        lengths = self.indptr[rows + 1] - self.indptr[rows]
+    def prefixes(self, rows: Ints, lengths: Ints) -> tuple[Sequences, Ints]:
+        """The first `lengths` [m] items of the histories `rows` [m], in this order; and where each of them is in `items`."""
         indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         at = np.arange(indptr[-1]) + np.repeat(self.indptr[rows] - indptr[:-1], lengths)
-        return Sequences(indptr, self.items[at])
+        return Sequences(indptr, self.items[at]), at
+
+    def take(self, rows: Ints) -> Sequences:
+        """These histories, in this order."""
+        return self.prefixes(rows, self.indptr[rows + 1] - self.indptr[rows])[0]
 
     def where(self, keep: NDArray[np.bool_]) -> Sequences:
         """The same users with the histories of all others than `keep` [n] empty: such as to leave users out of training."""
@@ -110,11 +113,8 @@ def leave_one_out(histories: Sequences) -> Split:
     end = histories.indptr[1:]
     validation, test = (np.full(len(histories), PADDING, np.int64) for _ in range(2))
     validation[split], test[split] = histories.items[end[split] - 2], histories.items[end[split] - 1]
-    keep = np.ones(len(histories.items), np.bool_)
-    keep[end[split] - 1] = keep[end[split] - 2] = False
-    lengths = histories.lengths - 2 * split
-    indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return Split(Sequences(indptr, histories.items[keep]), validation, test)
+    train, _ = histories.prefixes(np.arange(len(histories)), histories.lengths - 2 * split)
+    return Split(train, validation, test)
 
 
 def batches(lengths: Ints, positions: int) -> list[Ints]:

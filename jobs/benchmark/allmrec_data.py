@@ -172,10 +172,8 @@ def examples(division: Division, backbone: Backbone) -> Examples:
     train = division.split.train
     users = np.flatnonzero(train.lengths >= 2)
     whole = train.take(users)
-    last = np.zeros(len(whole.items), np.bool_)
-    last[whole.indptr[1:] - 1] = True
-    before = Sequences(whole.indptr - np.arange(len(whole.indptr)), whole.items[~last])
-    return Examples(backbone.users(users, before), before, whole.items[last], whole)
+    before, _ = whole.prefixes(np.arange(len(users)), whole.lengths - 1)
+    return Examples(backbone.users(users, before), before, whole.items[whole.indptr[1:] - 1], whole)
 
 
 def validation(division: Division, backbone: Backbone) -> Examples:
