@@ -48,7 +48,7 @@ def session(settings: Spark, name: str = "cold-refresh") -> Any:
     from pyspark.sql import SparkSession
 
     if active := SparkSession.getActiveSession():
-        return active
+        return _of_utc(active)
     connector.check()
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     submitted = "PYSPARK_GATEWAY_PORT" in os.environ
@@ -75,9 +75,15 @@ def session(settings: Spark, name: str = "cold-refresh") -> Any:
         if not told.contains(key):
             builder = builder.config(key, value)
     spark = builder.getOrCreate()
-    # Dates and times without a zone are UTC, whatever a cluster's defaults say: the zone decides what a run date knows.
-    spark.conf.set("spark.sql.session.timeZone", "UTC")
     spark.sparkContext.setLogLevel("ERROR")
+    return _of_utc(spark)
+
+
+def _of_utc(spark: Any) -> Any:
+    """Dates and times without a zone are UTC, whatever a cluster's or a notebook's defaults say: the zone decides what a run
+    date knows.
+    """
+    spark.conf.set("spark.sql.session.timeZone", "UTC")
     return spark
 
 

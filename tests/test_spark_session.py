@@ -13,6 +13,8 @@ import pytest
 
 from jobs import inputs
 from jobs.lake import LakeError
+from jobs.settings import Spark
+from jobs.spark_session import session
 from tests import nights, staged_night
 
 _SCRIPT = """
@@ -57,6 +59,11 @@ def test_settings_win_where_spark_submit_is_told_nothing(tmp_path: Path) -> None
     found, _ = submitted(tmp_path, "local[2]", "--driver-memory", "2g")
     assert (found["spark.master"], found["spark.sql.shuffle.partitions"]) == ("local[2]", "5")
     assert found["spark.driver.memory"] == "2g"
+
+
+def test_a_session_that_is_there_already_knows_no_zone_but_utc(spark: Any) -> None:
+    spark.conf.set("spark.sql.session.timeZone", "America/New_York")
+    assert session(Spark()).conf.get("spark.sql.session.timeZone") == "UTC"
 
 
 def test_a_store_that_spark_has_no_client_for_is_one_clear_message(spark: Any, tmp_path: Path) -> None:

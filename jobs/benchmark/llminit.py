@@ -162,8 +162,8 @@ def _cell(row: Row, source: Source, data: DataSet, lake: str, seed: int, args: a
         settings = conf.load(data.conf, [*given, f"cf.dimension={source.texts(settings).shape[1]}"])
     found = {}
     for protocol in args.protocols:
-        body = [settings.digest("cf", "text" if settings.cf.init == "llminit" else "cf"), args.patience, args.look]
-        body.append(_DEFINITION)
+        read = ("inputs", "snapshot", "cf", *(["text"] if settings.cf.init == "llminit" else []))
+        body = [settings.digest(*read), args.patience, args.look, _DEFINITION]
         digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()[:16]
 
         def make(protocol: str = protocol) -> dict[str, Any]:
