@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import date
 from typing import Any
 
 import numpy as np
@@ -51,15 +50,12 @@ def conf_digest(section: BaseModel, seed: int, without: Any = None) -> str:
 
 def newest(run: Run, kind: str, identity: dict[str, str], days: int | None = None) -> str | None:
     """The newest complete part of this identity, trained on the run date or before (less than `days` days ago)."""
-    found = []
-    for version in Staging(run.lake.path(f"_artifacts/{kind}")).children():
-        artifact = run.artifact(kind, version)
-        if artifact.is_complete():
-            facts = artifact.facts()
-            age = (run.run_date - date.fromisoformat(facts["trained_on"])).days
-            if 0 <= age < (days or age + 1) and all(facts.get(name) == value for name, value in identity.items()):
-                found.append((-age, version))
-    return max(found)[1] if found else None
+    found = [
+        version
+        for day, version, facts in run.trained(kind)
+        if (not days or (run.run_date - day).days < days) and identity.items() <= facts.items()
+    ]
+    return found[-1] if found else None
 
 
 def train(

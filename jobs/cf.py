@@ -94,17 +94,8 @@ def conf_digest(settings: Settings, encoder_version: str | None = None) -> str:
 
 
 def _spaces(run: Run) -> list[tuple[date, str, dict[str, Any]]]:
-    """(trained_on, version, facts) of this stage's complete spaces up to the run date, oldest first; those of one date in the
-    order in which they were trained."""
-    found = []
-    for version in Staging(run.lake.path("_artifacts/spaces")).children():
-        artifact = run.artifact("spaces", version)
-        if artifact.is_complete():
-            facts = artifact.facts()
-            trained_on = date.fromisoformat(facts["trained_on"])
-            if facts["kind"] == "cf" and trained_on <= run.run_date:
-                found.append((trained_on, version, facts))
-    return sorted(found, key=lambda space: (space[0], space[2]["nth"], space[1]))
+    """`Run.trained` of this stage's spaces, without those of the stage refresh."""
+    return [one for one in run.trained("spaces") if one[2]["kind"] == "cf"]
 
 
 def run(run: Run, out: Staging) -> dict[str, Any]:

@@ -86,17 +86,8 @@ def load_words(run: Run, version: str, *, held_out: bool = True) -> WordMap | No
 
 
 def _models(run: Run, identity: dict[str, str]) -> list[tuple[date, str]]:
-    """(trained_on, version) of the complete models of this identity up to the run date, oldest first; those of one date in the
-    order in which they were trained."""
-    found = []
-    for version in Staging(run.lake.path("_artifacts/models")).children():
-        artifact = run.artifact("models", version)
-        if artifact.is_complete():
-            facts = artifact.facts()
-            trained_on = date.fromisoformat(facts["trained_on"])
-            if trained_on <= run.run_date and all(facts.get(name) == value for name, value in identity.items()):
-                found.append((trained_on, facts["nth"], version))
-    return [(trained_on, version) for trained_on, _, version in sorted(found)]
+    """(trained_on, version) of the models of this identity, as `Run.trained` orders them."""
+    return [(day, version) for day, version, facts in run.trained("models") if identity.items() <= facts.items()]
 
 
 def _train(run: Run, identity: dict[str, str]) -> str:

@@ -113,6 +113,19 @@ class Run:
         """A content-named result that outlives the run: kind `spaces`, `models`, ..."""
         return Staging(self.lake.path(f"_artifacts/{kind}/{name}"))
 
+    def trained(self, kind: str) -> list[tuple[date, str, dict[str, Any]]]:
+        """(trained_on, version, facts) of the complete artifacts of `kind` up to the run date, oldest first; those of one date in
+        the order in which they were trained, where their facts say it."""
+        found = []
+        for name in Staging(self.lake.path(f"_artifacts/{kind}")).children():
+            artifact = self.artifact(kind, name)
+            if artifact.is_complete():
+                facts = artifact.facts()
+                trained_on = date.fromisoformat(facts["trained_on"])
+                if trained_on <= self.run_date:
+                    found.append((trained_on, name, facts))
+        return sorted(found, key=lambda one: (one[0], one[2].get("nth", 0), one[1]))
+
     def record(self, stage: str, counts: dict[str, Any], seconds: float, output_versions: dict[str, int]) -> None:
         """Add the row of a completed stage to `runs`, once."""
         row = _row(self, stage, "complete", counts, seconds, output_versions)
