@@ -19,7 +19,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import date, timedelta
 from typing import Any
 
@@ -120,11 +120,6 @@ def _on_ray(settings: Settings) -> Iterator[Refresh]:
         ray.shutdown()
 
 
-@contextmanager
-def _here(settings: Settings) -> Iterator[Refresh]:
-    yield refresh
-
-
 def backfill(
     settings: Settings, conf: str, overrides: list[str], days: list[date], *, stop_on_failure: bool = False
 ) -> dict[str, Any]:
@@ -132,7 +127,7 @@ def backfill(
     begun = time.perf_counter()
     nights: list[dict[str, Any]] = []
     # Ray sets RAY_ADDRESS for its jobs.
-    with (_on_ray if os.environ.get("RAY_ADDRESS") else _here)(settings) as run:
+    with _on_ray(settings) if os.environ.get("RAY_ADDRESS") else nullcontext(refresh) as run:
         for number, day in enumerate(days, 1):
             arguments = ["--conf", conf, "--run-date", day.isoformat()]
             for override in overrides:

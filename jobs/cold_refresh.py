@@ -25,6 +25,7 @@ from jobs.run import (
     begun_run,
     execute,
     find_run,
+    input_tables,
     log,
     open_run,
     parse_new_run_date,
@@ -168,8 +169,7 @@ def plan(settings: Settings, run_date: date, *, training: bool = False) -> dict[
         stages.append({"stage": name, "run": not complete, "seconds_last_time": last.get(name)})
     inputs = {}
     for name, version in run.input_versions.items():
-        source = getattr(settings.inputs, name).table if name != "split" else settings.snapshot.split.table  # type: ignore[union-attr]
-        table = run.lake.table(source, version)
+        table = run.lake.table(input_tables(settings)[name], version)
         inputs[name] = {
             "version": version,
             "rows": sum(filter(None, table.get_add_actions()["num_records"].to_pylist())),
