@@ -22,9 +22,8 @@ from jobs.run import Run, log
 from jobs.staging import Staging
 from udfs import allmrec_examples, devices
 from udfs.checkpoints import Checkpoints
+from udfs.module_files import FILES
 from udfs.worker_group import Group
-
-FILES = ("model.safetensors", "config.json")
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,11 @@ from jobs import cf, filterllm_fit, training_workers
 from jobs.run import Run, log
 from jobs.settings import Settings
 from jobs.staging import Staging
-from udfs import filterllm, word_map
+from udfs import filterllm, module_files, word_map
 from udfs.filterllm import FilterLLM
 from udfs.word_map import WordMap
 
 _DEFINITION = "3"  # raise it when another model comes from the same settings
-_FILES = ("model.safetensors", "config.json")
 
 
 def conf_digest(settings: Settings) -> str:
@@ -75,7 +74,7 @@ def load_model(run: Run, version: str) -> FilterLLM:
     """
     artifact = run.artifact("models", version)
     artifact.facts()
-    return filterllm.load({name: artifact.read_bytes(name) for name in _FILES})
+    return filterllm.load({name: artifact.read_bytes(name) for name in module_files.FILES})
 
 
 def load_words(run: Run, version: str, *, held_out: bool = True) -> WordMap | None:

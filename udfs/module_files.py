@@ -12,6 +12,9 @@ from torch import nn
 
 from schemas.errors import ColdRefreshError
 
+#: The names of both.
+FILES = _WEIGHTS, _CONFIG = ("model.safetensors", "config.json")
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -19,7 +22,7 @@ def dump(module: nn.Module, config: dict[str, Any]) -> dict[str, bytes]:
     """The module's parameters and buffers, and `config` (JSON), from which it can be built."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
     body = json.dumps(config, indent=1, sort_keys=True)
-    return {"model.safetensors": safetensors.torch.save(tensors), "config.json": body.encode()}
+    return {_WEIGHTS: safetensors.torch.save(tensors), _CONFIG: body.encode()}
 
 
 def load(
@@ -34,8 +37,8 @@ def load(
         error: a file is unreadable, a tensor is absent, unexpected, of another shape or type, or not finite.
     """
     try:
-        module = build(json.loads(files["config.json"]))
-        tensors = safetensors.torch.load(files["model.safetensors"])
+        module = build(json.loads(files[_CONFIG]))
+        tensors = safetensors.torch.load(files[_WEIGHTS])
     except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as reason:
         raise error(f"a saved {name} cannot be read: {reason}; remove its folder and train again") from reason
     expected = module.state_dict()
