@@ -10,7 +10,7 @@ from jobs.allmrec_reader import Spoken
 from jobs.ray_cluster import cluster
 from jobs.run import Run
 from udfs.actor_pool import map_ordered
-from udfs.allmrec_actor import Asked, ReaderActor
+from udfs.allmrec_actor import ReaderActor, Shard
 from udfs.progress import Progress
 from udfs.vectors import Matrix
 
@@ -20,7 +20,7 @@ def likelihoods(
     night: Night,
     items: Spoken,
     reader: str,
-    shards: Iterable[Asked],
+    shards: Iterable[Shard],
     users: int,
     generate: bool = False,
 ) -> Iterator[tuple[Matrix, list[str] | None]]:

@@ -21,8 +21,8 @@ from jobs.recommend_weights import Weights
 from jobs.run import Run, log
 from jobs.staging import Staging
 from schemas.table import table as schema
-from udfs.allmrec_actor import NOBODY, Asked
-from udfs.sequences import Ints
+from udfs.allmrec_actor import Shard
+from udfs.sequences import PADDING, Ints
 from udfs.vectors import Matrix
 
 TABLE = "recommendations"
@@ -69,11 +69,11 @@ def _score(run: Run, work: Work, users: Users, pending: list[tuple[Ints, Staging
     log(f"[recommend] {total} users in {len(pending)} shards, {users.candidates.shape[1]} candidates each at most")
     histories = work.items.histories(work.night.histories)
 
-    def asked(rows: Ints) -> Asked:
+    def shard(rows: Ints) -> Shard:
         own = users.users[rows]
-        return Asked(work.side.users(own), histories.take(own), users.candidates[rows])
+        return Shard(work.side.users(own), histories.take(own), users.candidates[rows])
 
-    shards = (asked(rows) for rows, _ in pending)
+    shards = (shard(rows) for rows, _ in pending)
     read = likelihoods(run, work.night, work.items, work.reader_version, shards, total, work.generate)
     for (rows, stage), (found, written) in zip(pending, read, strict=True):
         stage.clear()
@@ -89,8 +89,8 @@ def _rows(work: Work, users: Users, rows: Ints, found: Matrix, written: list[str
     """
     candidates, retrieval = users.candidates[rows], users.retrieval[rows]
     scores = work.weights(found, retrieval)
-    order = np.argsort(np.where(candidates == NOBODY, np.inf, -scores), axis=1, kind="stable")[:, : work.top]
-    there = np.take_along_axis(candidates, order, 1) != NOBODY
+    order = np.argsort(np.where(candidates == PADDING, np.inf, -scores), axis=1, kind="stable")[:, : work.top]
+    there = np.take_along_axis(candidates, order, 1) != PADDING
     row, rank = np.nonzero(there)
     place = order[row, rank]
     night, item = work.night, candidates[row, place]

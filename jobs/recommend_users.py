@@ -10,15 +10,14 @@ import pyarrow as pa
 
 from jobs.allmrec_night import Mask, Night
 from jobs.item_index import ItemIndex
-from udfs.allmrec_actor import NOBODY
 from udfs.ids import place
-from udfs.sequences import Ints
+from udfs.sequences import PADDING, Ints
 from udfs.vectors import Matrix
 
 
 @dataclass(frozen=True)
 class Users:
-    """users [n]: those to serve, numbers of the night, ascending. candidates [n, C]: items, best first, NOBODY behind the last;
+    """users [n]: those to serve, numbers of the night, ascending. candidates [n, C]: items, best first, PADDING behind the last;
     retrieval [n, C]: their inner products. rejected: (user id, reason, detail, rows)."""
 
     users: Ints
@@ -90,7 +89,7 @@ def choose(
             rejected.append((name, *reason, 1))
         else:
             users.append(user)
-            candidates.append([item for item, _ in found] + [NOBODY] * (most - len(found)))
+            candidates.append([item for item, _ in found] + [PADDING] * (most - len(found)))
             retrieval.append([score for _, score in found] + [np.nan] * (most - len(found)))
     order = np.argsort(np.array(users, np.int64), kind="stable")
     return Users(

@@ -24,9 +24,9 @@ from jobs.recommend_users import Nearest
 from jobs.run import Run, log
 from jobs.sampled_users import ENOUGH
 from udfs import conditional_logit
-from udfs.allmrec_actor import NOBODY, Asked
+from udfs.allmrec_actor import Shard
 from udfs.sampled_ranking import ndcg, ranks
-from udfs.sequences import Ints
+from udfs.sequences import PADDING, Ints
 from udfs.vectors import Matrix
 
 KIND = "reader_weights"
@@ -88,9 +88,9 @@ def find(
 
 def _asked(
     run: Run, night: Night, side: Side, space: SpaceSide, items: Spoken, nearest: Nearest, most: int
-) -> tuple[Asked, Matrix, int]:
+) -> tuple[Shard, Matrix, int]:
     """Held-out users with their candidates, the last item of the history first; the retrieval scores [n, most], NaN for
-    NOBODY; and how many users were looked at: whose last item was not found cannot say in which order candidates belong."""
+    PADDING; and how many users were looked at: whose last item was not found cannot say in which order candidates belong."""
     conf, seed = run.settings.allmrec.reader, run.settings.seed
     _, held = allmrec_reader.learnable(night, side, items, conf, seed)
     held = held[space.users_known[held]]
@@ -107,12 +107,12 @@ def _asked(
         if own[-1] in [item for item, _ in found]:
             found = sorted(found, key=lambda pair: pair[0] != own[-1])  # stable: the others stay in their order
             chosen.append(user)
-            candidates.append([item for item, _ in found] + [NOBODY] * (most - len(found)))
+            candidates.append([item for item, _ in found] + [PADDING] * (most - len(found)))
             scores.append([score for _, score in found] + [np.nan] * (most - len(found)))
     rows: Ints = np.array(chosen, np.int64)
     before, _ = allmrec_reader.without_last(night, items, rows)
     users = side.before(rows, histories.lengths[rows] - 1)
-    asked = Asked(users, before, np.array(candidates, np.int64).reshape(-1, most))
+    asked = Shard(users, before, np.array(candidates, np.int64).reshape(-1, most))
     return asked, np.array(scores, np.float32).reshape(-1, most), looked
 
 
@@ -124,11 +124,11 @@ def _vectors(space: SpaceSide, users: Ints, lengths: Ints) -> Iterator[tuple[int
         yield from zip(users[some].tolist(), space.before(users[some], lengths[some]), strict=True)
 
 
-def _measured(run: Run, night: Night, items: Spoken, reader: str, asked: Asked, retrieval: Matrix) -> dict[str, Any]:
+def _measured(run: Run, night: Night, items: Spoken, reader: str, asked: Shard, retrieval: Matrix) -> dict[str, Any]:
     size, n = run.settings.allmrec.reader.shard_users, len(retrieval)
     log(f"[recommend] weighing the reader by {n} held-out users")
     rows = [np.arange(at, min(at + size, n)) for at in range(0, n, size)]
-    shards = [Asked(asked.users[own], asked.histories.take(own), asked.candidates[own]) for own in rows]
+    shards = [Shard(asked.users[own], asked.histories.take(own), asked.candidates[own]) for own in rows]
     read = recommend_reading.likelihoods(run, night, items, reader, shards, n)
     likelihoods = np.concatenate([scores for scores, _ in read])
     weights = Weights(*conditional_logit.fit([likelihoods, retrieval]).tolist())

@@ -205,8 +205,8 @@ def _items(
     midnight = night.run.midnight
     known = np.flatnonzero(in_space >= 0)
     trained_on = datetime.fromisoformat(space.facts["trained_on"]).replace(tzinfo=UTC)
-    place = in_space[known]
-    found.put(known, space.items[place], "cf", space.interactions[place], trained_on)
+    at = in_space[known]
+    found.put(known, space.items[at], "cf", space.interactions[at], trained_on)
     sampled_items = _sampled_items(night)
     if not fold_sampled:
         found.source[known] = np.where(sampled_items[known], "sampled", found.source[known])

@@ -12,11 +12,8 @@ from udfs import allmrec_projections
 from udfs.allmrec_prompt import PromptOptions
 from udfs.allmrec_reader import Reader
 from udfs.model_files import ModelError, ModelFiles, find_model
-from udfs.sequences import Ints, Sequences
+from udfs.sequences import PADDING, Ints, Sequences
 from udfs.vectors import Matrix
-
-#: Stands behind the candidates of a user who has fewer than others.
-NOBODY = -1
 
 
 @dataclass(frozen=True)
@@ -54,8 +51,8 @@ class LanguageModel:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """n users: x_u [n, d], their histories, and candidates [n, C], NOBODY behind the last one of each; at least one each."""
+class Shard:
+    """n users: x_u [n, d], their histories, and candidates [n, C], PADDING behind the last one of each; at least one each."""
 
     users: Matrix
     histories: Sequences
@@ -63,9 +60,9 @@ class Asked:
 
 
 class ReaderActor:
-    """A worker for `udfs.actor_pool.map_ordered`: a shard is `Asked`.
+    """A worker for `udfs.actor_pool.map_ordered`: a shard is a `Shard`.
 
-    Its result is (scores [n, C] float32, NaN for NOBODY; what the model writes for each user, or None).
+    Its result is (scores [n, C] float32, NaN for PADDING; what the model writes for each user, or None).
     """
 
     def __init__(
@@ -85,10 +82,10 @@ class ReaderActor:
         self._catalogue = self._reader.catalogue(titles, joint, options)
         self._normalise, self._generate = normalise, generate
 
-    def work(self, shard: Asked) -> tuple[Matrix, list[str] | None]:
+    def work(self, shard: Shard) -> tuple[Matrix, list[str] | None]:
         scores = np.full(shard.candidates.shape, np.nan, np.float32)
         written = [""] * len(scores) if self._generate else None
-        counts = (shard.candidates != NOBODY).sum(1)
+        counts = (shard.candidates != PADDING).sum(1)
         for count in np.unique(counts):
             rows = np.flatnonzero(counts == count)
             own = (

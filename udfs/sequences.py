@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 
-#: Stands before the oldest item of a history that is shorter than its row; item numbers are 0 .. I - 1.
+#: Stands for an item that is missing: before the oldest of a history that is shorter than its row, behind the last candidate of
+#: a user who has fewer than others. Item numbers are 0 .. I - 1.
 PADDING = -1
 
 

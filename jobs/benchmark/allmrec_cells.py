@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jobs.benchmark import allmrec_data
-from jobs.benchmark.allmrec_data import Asked, Corpus, Division
+from jobs.benchmark.allmrec_data import Corpus, Division, Questions
 from jobs.benchmark.allmrec_parts import Cost, Parts, catalogue_of, measured
 from jobs.benchmark.allmrec_rows import Options
 from jobs.run import log
@@ -58,7 +58,7 @@ def cell(
     asked = division.asked
     if other is not None:
         test = allmrec_data.divide(other, None, seed, options.test_users, options.cold_users).asked.of(["all"])
-        asked = Asked(test.users, test.histories, test.candidates, {"cross-domain": test.groups["all"]})
+        asked = Questions(test.users, test.histories, test.candidates, {"cross-domain": test.groups["all"]})
     names = groups(options, scenario, list(asked.groups))
     if not names:
         return None
@@ -75,7 +75,7 @@ def cell(
     return {"figures": figures, "users": users, "seconds": round(cost.seconds, 1), "memory": cost.memory}
 
 
-def _scores(options: Options, parts: Parts, asked: Asked, other: Corpus | None) -> tuple[Any, Cost]:
+def _scores(options: Options, parts: Parts, asked: Questions, other: Corpus | None) -> tuple[Any, Cost]:
     """A function that gives [n, 20], and what it cost to get there."""
     corpus = other or parts.corpus
     if options.ranker == "random":

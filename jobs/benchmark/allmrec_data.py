@@ -38,7 +38,7 @@ class Corpus:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Questions:
     """n questions: users (numbers), what each had before, candidates [n, 20] (the true item first), and groups [n] of them."""
 
     users: Ints
@@ -46,11 +46,11 @@ class Asked:
     candidates: Ints
     groups: dict[str, NDArray[np.bool_]]
 
-    def of(self, groups: list[str]) -> Asked:
+    def of(self, groups: list[str]) -> Questions:
         """The questions of these groups alone."""
         rows = np.flatnonzero(np.any([self.groups[name] for name in groups], axis=0))
         kept = {name: self.groups[name][rows] for name in groups}
-        return Asked(self.users[rows], self.histories.take(rows), self.candidates[rows], kept)
+        return Questions(self.users[rows], self.histories.take(rows), self.candidates[rows], kept)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Division:
     split: Split
     counts: Ints
     text_side: NDArray[np.bool_]
-    asked: Asked
+    asked: Questions
 
 
 def read(name: str) -> Corpus:
@@ -124,27 +124,28 @@ def divide(data: Corpus, few: int | None, seed: int, test_users: int, cold_users
     keep = np.isin(np.arange(len(lengths)), users)
     split = Split(split.train.where(keep), np.where(keep, split.validation, PADDING), split.test)
     asked = known.of(["all"])
-    asked = Asked(asked.users, asked.histories, asked.candidates, {f"few-shot {few}": asked.groups["all"]})
+    asked = Questions(asked.users, asked.histories, asked.candidates, {f"few-shot {few}": asked.groups["all"]})
     return Division(split, np.bincount(split.train.items, minlength=len(counts)), np.ones(len(counts), np.bool_), asked)
 
 
 def _known(
     data: Corpus, split: Split, users: Ints, bottom: NDArray[np.bool_], top: NDArray[np.bool_], most: int
-) -> Asked:
+) -> Questions:
     """The test items of users that are trained on: of each group the first `most` of `users` [n]."""
     truth = split.test[users]
     groups = {"all": np.ones(len(users), np.bool_), "warm items": top[truth], "cold items": bottom[truth]}
     first = {name: held & (held.cumsum() <= (most or len(users))) for name, held in groups.items()}
-    asked = Asked(users, split.before_test().take(users), _candidates(data, users, truth, SPLIT_SEED), first)
+    asked = Questions(users, split.before_test().take(users), _candidates(data, users, truth, SPLIT_SEED), first)
     return asked.of(list(groups))
 
 
-def _cold(data: Corpus, users: Ints, most: int) -> Asked:
+def _cold(data: Corpus, users: Ints, most: int) -> Questions:
     """The third event of users that are left out."""
     first = data.histories.indptr[users]
     before = Sequences(2 * np.arange(len(users) + 1), data.histories.items[first[:, None] + np.arange(2)].reshape(-1))
     asked = _candidates(data, users, data.histories.items[first + 2], SPLIT_SEED + 1)
-    return Asked(users, before, asked, {"cold users": np.arange(len(users)) < (most or len(users))}).of(["cold users"])
+    groups = {"cold users": np.arange(len(users)) < (most or len(users))}
+    return Questions(users, before, asked, groups).of(list(groups))
 
 
 def _candidates(data: Corpus, users: Ints, truth: Ints, seed: int) -> Ints:
@@ -155,7 +156,7 @@ def _candidates(data: Corpus, users: Ints, truth: Ints, seed: int) -> Ints:
     return candidates(truth, data.histories.take(users), len(data.titles), _NEGATIVES, seed)
 
 
-def _behind(a: Asked, b: Asked) -> Asked:
+def _behind(a: Questions, b: Questions) -> Questions:
     """The questions of both."""
     histories = Sequences(
         np.concatenate([a.histories.indptr, a.histories.indptr[-1] + b.histories.indptr[1:]]),
@@ -164,7 +165,7 @@ def _behind(a: Asked, b: Asked) -> Asked:
     of_a = {name: np.concatenate([held, np.zeros(len(b.users), np.bool_)]) for name, held in a.groups.items()}
     of_b = {name: np.concatenate([np.zeros(len(a.users), np.bool_), held]) for name, held in b.groups.items()}
     users, choice = np.concatenate([a.users, b.users]), np.concatenate([a.candidates, b.candidates])
-    return Asked(users, histories, choice, of_a | of_b)
+    return Questions(users, histories, choice, of_a | of_b)
 
 
 def examples(division: Division, backbone: Backbone) -> Examples:
