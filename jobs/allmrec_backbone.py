@@ -133,25 +133,13 @@ def _fit(run: Run, night: Night, training: Training) -> dict[str, Any]:
     validate = None
     if (split.validation != PADDING).any() and items > int(night.histories.lengths.max()) + 1:
         validate = sampled_ranking.validation(backbone.of(model), split, seed)
-    common: dict[str, Any] = {
-        "epochs": conf.epochs,
-        "patience": conf.patience,
-        "seed": seed,
-        "learning_rate": conf.learning_rate,
-    }
+    trainer: Any = ncf if kind == "ncf" else sequence_training
+    how = trainer.Options(epochs=conf.epochs, patience=conf.patience, seed=seed, learning_rate=conf.learning_rate)
 
     def said(line: str) -> None:
         training.log(f"{kind}: {line}")
 
-    if kind == "ncf":
-        found = ncf.train(
-            model, split.train, ncf.Options(**common), said, validate=validate, checkpoints=training.checkpoints
-        )
-    else:
-        options = sequence_training.Options(**common)
-        found = sequence_training.train(
-            model, split.train, options, said, validate=validate, checkpoints=training.checkpoints
-        )
+    found = trainer.train(model, split.train, how, said, validate=validate, checkpoints=training.checkpoints)
     allmrec_artifacts.write(training.artifact, backbone.dump(model))
     training.artifact.write("users", pa.table({"id": night.user_ids}))
     training.artifact.write("items", pa.table({"id": night.item_ids}))
