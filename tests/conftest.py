@@ -78,6 +78,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[small.SmallLa
 
 
 @pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of tests/small_llm.py's language model; nobody writes there."""
+    from tests import small_llm
+
+    return small_llm.build(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real datasets, where there is one."""
     folder = Path(os.environ.get("COLD_REFRESH_DATA", Path(__file__).parents[2] / "shared" / "data"))

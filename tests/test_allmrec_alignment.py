@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.killed import Killed, kill_at
 from udfs import allmrec_alignment as alignment
 from udfs import lora
 from udfs.allmrec_alignment import Config, Weights, losses, random_joint, total
@@ -24,10 +25,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 CLUSTERS, ITEMS, COLD, USERS = 5, 100, 20, 200
 D, TEXT = 8, 24
-
-
-class Killed(BaseException):
-    """Nothing in training may catch this."""
 
 
 def world(seed: int = 0):
@@ -222,14 +219,9 @@ def _resumable(kind: str, options: Options, checkpoints: Checkpoints | None, log
 def test_a_killed_training_ends_as_an_undisturbed_one(kind: str, changes: dict, tmp_path: Path):
     options = replace(Options(batch_size=8 if kind == "frozen" else 3), **changes)
     expected = _resumable(kind, options, None, lambda line: None)
-
-    def kill(line: str) -> None:
-        if line.startswith("epoch 3/"):
-            raise Killed
-
     checkpoints, lines = Checkpoints(str(tmp_path)), []
     with pytest.raises(Killed):
-        _resumable(kind, options, checkpoints, kill)
+        _resumable(kind, options, checkpoints, kill_at(3))
     assert _resumable(kind, options, checkpoints, lines.append) == expected
     assert lines[0] == "goes on behind epoch 2, which was saved"
     assert len(expected[1]["history"]) == expected[1]["epochs"]

@@ -22,7 +22,7 @@ from jobs import (
 )
 from jobs.adapted_texts import FILES
 from jobs.run import Run, execute
-from tests import small_llm, staged_night
+from tests import staged_night
 from tests.test_refresh import BPR
 from udfs.ids import place
 
@@ -31,11 +31,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 DAY = date(2026, 3, 1)
 COLD = ["new-0", "new-1"]
 LORA = {"lora": True, "lora_rank": 2, "lora_learning_rate": 1e-2}
-
-
-@pytest.fixture(scope="module")
-def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_llm.build(tmp_path_factory.mktemp("model"))
 
 
 def night(lake: Path, language_model: Path, number: int = 1, **alignment: Any) -> Run:
@@ -62,10 +57,10 @@ def rows(run: Run, encoder_version: str) -> list[str]:
 
 
 def test_an_encoder_that_is_trained_along_gives_cold_items_other_vectors(
-    tmp_path: Path, language_model: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    frozen, of_frozen = aligned(night(tmp_path, language_model))
-    run = night(tmp_path, language_model, 2, **LORA)
+    frozen, of_frozen = aligned(night(tmp_path, small_model))
+    run = night(tmp_path, small_model, 2, **LORA)
     assert (
         run.artifact("alignments", frozen).facts()["encoder_version"]
         == run.staging("text_embeddings").facts()["model_version"]
@@ -79,7 +74,7 @@ def test_an_encoder_that_is_trained_along_gives_cold_items_other_vectors(
     assert rows(run, own) == [f"sha-{name}" for name in COLD]
 
     # What is there is neither trained nor encoded again.
-    other = night(tmp_path, language_model, 3, **LORA)
+    other = night(tmp_path, small_model, 3, **LORA)
     before = run.lake.version("text_embeddings")
     again, same = aligned(other)
     assert (again, run.lake.version("text_embeddings")) == (version, before)
@@ -117,8 +112,8 @@ def test_an_encoder_that_is_trained_along_gives_cold_items_other_vectors(
     assert {name: artifact.read_bytes(name) for name in names} == files
 
 
-def test_cached_texts_of_an_alignment_stay_as_long_as_it_does(tmp_path: Path, language_model: Path) -> None:
-    run = night(tmp_path, language_model, epochs=1, **LORA)
+def test_cached_texts_of_an_alignment_stay_as_long_as_it_does(tmp_path: Path, small_model: Path) -> None:
+    run = night(tmp_path, small_model, epochs=1, **LORA)
     version, _ = aligned(run)
     run.record("publish", {"alignment_version": version}, 0.0, {})
     run.record("report", {}, 0.0, {})
@@ -126,7 +121,7 @@ def test_cached_texts_of_an_alignment_stay_as_long_as_it_does(tmp_path: Path, la
     later = datetime.now(UTC) + timedelta(days=365)
     assert "text_embeddings" in prune.prune(run.lake, 1, later)["removed"]  # of the made-up encoder
     assert rows(run, f"lora-{version}") == [f"sha-{name}" for name in COLD]
-    following = night(tmp_path, language_model, 2)
+    following = night(tmp_path, small_model, 2)
     following = Run(following.settings, DAY + timedelta(days=40), "20260410-000000000002", 2, {}, "conf")
     following.record("publish", {}, 0.0, {})
     following.record("report", {}, 0.0, {})

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from tests import word_llm
+from tests.killed import Killed, kill_at
 from udfs import allmrec_projections as projections
 from udfs import progress
 from udfs.allmrec_examples import AllmrecError, Examples
@@ -32,10 +33,6 @@ TITLES = [
 ]  # fmt: skip
 N, D, JOINT = len(TITLES), 6, 8
 JOINTS = np.random.default_rng(1).normal(size=(N, JOINT)).astype(np.float32)
-
-
-class Killed(BaseException):
-    """Nothing in training may catch this."""
 
 
 @pytest.fixture(scope="module")
@@ -218,15 +215,11 @@ def test_a_killed_training_ends_as_an_undisturbed_one(small: Path, tmp_path: Pat
         reader, _, facts = fitted(small, options, PromptOptions(), checkpoints=checkpoints, log=log)
         return projections.dump(reader.projections), facts
 
-    def kill(line: str) -> None:
-        if line.startswith("epoch 3/"):
-            raise Killed
-
     expected = run(None, lambda line: None)
     assert expected[1]["best_epoch"] == 4
     checkpoints, lines = Checkpoints(str(tmp_path)), []
     with pytest.raises(Killed):
-        run(checkpoints, kill)
+        run(checkpoints, kill_at(3))
     assert run(checkpoints, lines.append) == expected
     assert lines[0] == "goes on behind epoch 2, which was saved"
     with pytest.raises(CheckpointError, match="another training"):

@@ -11,17 +11,11 @@ import numpy as np
 import pytest
 
 from jobs.benchmark import coldllm
-from tests import small_llm
 from tests.test_two_tower import SMALL, topics
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_llm.build(tmp_path_factory.mktemp("small"))
-
-
 def test_the_filter_keeps_users_of_the_topic_and_the_judge_scores_them(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     states, centres, indptr, indices = topics()
     cold_topics = np.repeat(np.arange(4), 3)
@@ -32,7 +26,7 @@ def test_the_filter_keeps_users_of_the_topic_and_the_judge_scores_them(
     assert users.shape == (12, 5)
     assert (users % 4 == cold_topics[:, None]).mean() > 0.9
     titles = [f"paper number {i}" for i in range(72)]
-    options = coldllm.JudgeOptions(model=str(small), history=3, fit_users=10, fit_items=2)
+    options = coldllm.JudgeOptions(model=str(small_model), history=3, fit_users=10, fit_items=2)
     scores, facts = coldllm.judge(titles, indptr, indices, cold, users, options)
     assert scores.shape == (12, 5)
     assert ((scores >= 0) & (scores <= 1)).all()
@@ -60,7 +54,7 @@ def test_the_filter_keeps_users_of_the_topic_and_the_judge_scores_them(
     assert told["auc"] == facts["auc"]
     np.testing.assert_allclose(again, scores, atol=1e-5)
     monkeypatch.undo()
-    as_it_comes = coldllm.JudgeOptions(model=str(small), history=3, fit_users=0)
+    as_it_comes = coldllm.JudgeOptions(model=str(small_model), history=3, fit_users=0)
     assert "auc" not in coldllm.judge(titles, indptr, indices, cold, users, as_it_comes)[1]
     tuned, _ = coldllm.judge(titles, indptr, indices, cold, users, replace(options, tune_steps=2))
     assert tuned.shape == scores.shape

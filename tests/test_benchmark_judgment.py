@@ -9,22 +9,16 @@ import pytest
 
 from jobs.benchmark import judgment
 from schemas.errors import ColdRefreshError
-from tests import small_llm
 
 CEILINGS = {"float32 FLOP/s": 1e9, "memory bytes/s": 1e8}
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_llm.build(tmp_path_factory.mktemp("small"))
-
-
-def test_speed_is_measured_for_every_way(small: Path) -> None:
+def test_speed_is_measured_for_every_way(small_model: Path) -> None:
     try:
         judgment.data_folder()
     except ColdRefreshError as error:
         pytest.skip(str(error))
-    found = judgment.measure_speed(3, ceilings=CEILINGS, model=str(small), history=2, dtype="float32", rounds=2)
+    found = judgment.measure_speed(3, ceilings=CEILINGS, model=str(small_model), history=2, dtype="float32", rounds=2)
     assert json.loads(json.dumps(found)) == found
     assert (found["items"], found["k"]) == (3, 20)
     ways = ["distribution", "distribution, task in the prompt", "judgment", "judgment, shared prefix"]

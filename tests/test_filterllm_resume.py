@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.killed import Killed, kill_at
 from tests.test_filterllm import DIMENSION, TEXTS, USERS, WIDTH, _options, _shop
 from udfs import filterllm, lora
 from udfs.checkpoints import CheckpointError, Checkpoints
@@ -17,10 +18,6 @@ from udfs.model_files import find_model
 from udfs.text_encoder import TextEncoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class Killed(BaseException):
-    """Nothing in training may catch this."""
 
 
 def _frozen(options, checkpoints=None, log=lambda line: None, start=1.0):
@@ -42,14 +39,6 @@ def _lora(options, checkpoints=None, log=lambda line: None):
     items = Items(TEXTS, rng.normal(size=(4, DIMENSION)).astype(np.float32), np.arange(5) * 2, rng.permutation(12)[:8])
     facts = train(model, lora.LoraTexts(encoder, TEXTS), items, options, log, checkpoints=checkpoints)
     return {**filterllm.dump(model), **lora.dump(encoder)}, facts
-
-
-def kill_at(epoch: int):
-    def log(line: str) -> None:
-        if line.startswith(f"epoch {epoch}/"):
-            raise Killed
-
-    return log
 
 
 @pytest.mark.parametrize(

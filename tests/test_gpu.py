@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tests import small_llm, test_allmrec_reader, test_judgment, word_llm
+from tests.killed import Killed, kill_at
 from tests.test_cf_models import _block_matrix
 from tests.test_filterllm import DIMENSION, USERS, WIDTH, _options, _shop
-from tests.test_filterllm_resume import Killed, kill_at
 from tests.test_text_encoder import TEXTS
 from udfs import backbone, bpr, distribution_loss, lightgcn, lora, pair_training, sampled_softmax, sgcl, sgl
 from udfs.cf_inputs import CfParams

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import signal
 import subprocess
@@ -20,6 +19,7 @@ from jobs import ingest
 from jobs.formats import csv_files
 from jobs.formats.contract import Request, TableSource, Tally
 from jobs.lake import Lake
+from tests.ingest_command import run
 
 
 def write(folder: Path, users: int = 3, title: str = "Anchor") -> Path:
@@ -28,13 +28,6 @@ def write(folder: Path, users: int = 3, title: str = "Anchor") -> Path:
     (folder / "interactions.csv").write_text("user_id,item_id,event_time\n" + events)
     (folder / "items.csv").write_text(f"item_id,title\na,{title}\n")
     return folder
-
-
-def run(capsys: pytest.CaptureFixture[str], *args: str | Path) -> tuple[int, dict[str, Any], str]:
-    """Exit status, the summary's tables, stderr."""
-    status = ingest.main([str(a) for a in args])
-    captured = capsys.readouterr()
-    return status, json.loads(captured.out)["tables"] if status == 0 else {}, captured.err
 
 
 def count(lake: Path, table: str) -> int:

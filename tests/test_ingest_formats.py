@@ -15,17 +15,10 @@ import pyarrow.compute as pc
 import pytest
 from deltalake import DeltaTable
 
-from jobs import ingest
 from jobs.formats.complete_journey import _describe
+from tests.ingest_command import run
 
 RATING_TIME = datetime(1997, 12, 4, 15, 55, 49, tzinfo=UTC)  # 881250949
-
-
-def run(capsys: pytest.CaptureFixture[str], *args: str | Path) -> tuple[int, dict[str, Any], str]:
-    """Exit status, the summary's tables, stderr."""
-    status = ingest.main([str(a) for a in args])
-    captured = capsys.readouterr()
-    return status, json.loads(captured.out)["tables"] if status == 0 else {}, captured.err
 
 
 def rows(lake: Path, table: str) -> list[tuple[Any, ...]]:

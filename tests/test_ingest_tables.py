@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,7 @@ from deltalake import DeltaTable
 from jobs import ingest
 from jobs.formats.files import BLOCK_BYTES
 from schemas.table import table as schema
-
-
-def run(capsys: pytest.CaptureFixture[str], *args: str | Path) -> tuple[int, dict[str, Any], str]:
-    """Exit status, the summary's tables, stderr."""
-    status = ingest.main([str(a) for a in args])
-    captured = capsys.readouterr()
-    return status, json.loads(captured.out)["tables"] if status == 0 else {}, captured.err
+from tests.ingest_command import run
 
 
 def rows(lake: Path, table: str) -> list[dict[str, Any]]:

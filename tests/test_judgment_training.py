@@ -9,17 +9,11 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from tests import small_llm
 from udfs.judged_pairs import recent, training_pairs
 from udfs.judgment import Judge
 from udfs.judgment_training import Options, fine_tune, fit_answer
 
 INDPTR, INDICES = np.array([0, 4, 4, 5, 8]), np.array([3, 1, 7, 2, 5, 6, 0, 4])
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_llm.build(tmp_path_factory.mktemp("small"))
 
 
 def test_recent_items_are_the_last() -> None:
@@ -61,8 +55,8 @@ def labelled(n: int) -> tuple[list[list[str]], list[str], np.ndarray, np.ndarray
     return histories, titles, users, items, (items % 2 == 0).astype(np.float32)
 
 
-def test_fitting_the_answer_learns_what_the_states_tell(small: Path) -> None:
-    judge = Judge(small)
+def test_fitting_the_answer_learns_what_the_states_tell(small_model: Path) -> None:
+    judge = Judge(small_model)
     histories, titles, users, items, labels = labelled(120)
     states = judge.states(histories, titles, users, items)
     held_out = fit_answer(judge, states, labels, users)
@@ -74,17 +68,17 @@ def test_fitting_the_answer_learns_what_the_states_tell(small: Path) -> None:
         fit_answer(judge, states, np.ones_like(labels), users)
 
 
-def test_fine_tuning_lowers_the_loss_and_the_seed_decides(small: Path) -> None:
+def test_fine_tuning_lowers_the_loss_and_the_seed_decides(small_model: Path) -> None:
     histories, titles, users, items, labels = labelled(32)
     options = Options(rank=4, steps=25, batch_pairs=16, learning_rate=1e-2, dropout=0.0)
 
     def tuned(ambient: int) -> tuple[Judge, list[str]]:
-        judge, lines = Judge(small), []
+        judge, lines = Judge(small_model), []
         torch.manual_seed(ambient)
         fine_tune(judge, histories, titles, users, items, labels, options, lines.append)
         return judge, lines
 
-    before = Judge(small).score(histories, titles, users, items)
+    before = Judge(small_model).score(histories, titles, users, items)
     judge, lines = tuned(1)
     after = judge.score(histories, titles, users, items)
     assert roc_auc_score(labels, after) > max(0.95, roc_auc_score(labels, before))
@@ -93,7 +87,7 @@ def test_fine_tuning_lowers_the_loss_and_the_seed_decides(small: Path) -> None:
     changed = [
         name
         for (name, now), was in zip(
-            judge.encoder.model.named_parameters(), Judge(small).encoder.model.parameters(), strict=True
+            judge.encoder.model.named_parameters(), Judge(small_model).encoder.model.parameters(), strict=True
         )
         if not torch.equal(now, was)
     ]
@@ -102,4 +96,4 @@ def test_fine_tuning_lowers_the_loss_and_the_seed_decides(small: Path) -> None:
     np.testing.assert_allclose(judge.score(histories, titles, users, items, share_prefix=False), after, atol=1e-3)
     np.testing.assert_array_equal(tuned(2)[0].score(histories, titles, users, items), after)
     with pytest.raises(ValueError, match="there are none"):
-        fine_tune(Judge(small), histories, titles, users[:0], items[:0], labels[:0], options, lines.append)
+        fine_tune(Judge(small_model), histories, titles, users[:0], items[:0], labels[:0], options, lines.append)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.killed import Killed, kill_at
 from udfs import backbone, ncf, sequence_training
 from udfs.backbone import SEQUENCE_MODELS, MatrixBackbone
 from udfs.cf_inputs import CfError, CfParams, Pairs
@@ -128,18 +129,6 @@ def test_neither_padding_nor_what_comes_later_changes_a_position(kind: str) -> N
         torch.testing.assert_close(model(long), model(long[:, 10:]))
 
 
-class Killed(BaseException):
-    """Nothing in training may catch this."""
-
-
-def _kill_at(epoch: int) -> Any:
-    def log(line: str) -> None:
-        if line.startswith(f"epoch {epoch}/"):
-            raise Killed
-
-    return log
-
-
 @pytest.mark.parametrize("kind", [*SEQUENCE_MODELS, "ncf"])
 def test_the_seed_decides_and_a_killed_training_ends_as_an_undisturbed_one(kind: str, tmp_path: Path) -> None:
     options = replace(QUICK, epochs=4)
@@ -154,7 +143,7 @@ def test_the_seed_decides_and_a_killed_training_ends_as_an_undisturbed_one(kind:
     lines: list[str] = []
     for epoch in (1, 3):  # epoch 3 is lost and done again
         with pytest.raises(Killed):
-            trained(kind, options, log=_kill_at(epoch), checkpoints=checkpoints)
+            trained(kind, options, log=kill_at(epoch), checkpoints=checkpoints)
     model, found = trained(kind, options, log=lines.append, checkpoints=checkpoints)
     assert lines[0] == "goes on behind epoch 2, which was saved"
     assert lines[1].startswith("epoch 3/4: loss ")
@@ -177,7 +166,7 @@ def test_the_best_epoch_is_kept_and_patience_ends_training(tmp_path: Path) -> No
     checkpoints = Checkpoints(str(tmp_path))
     values = measured([0.1, 0.3, 0.3, 0.2])
     with pytest.raises(Killed):  # when epoch 2, the best, is no more the last
-        trained("gru4rec", options, log=_kill_at(4), validate=values, checkpoints=checkpoints)
+        trained("gru4rec", options, log=kill_at(4), validate=values, checkpoints=checkpoints)
     resumed, found = trained("gru4rec", options, log=silent, validate=measured([0.2]), checkpoints=checkpoints)
     assert backbone.dump(resumed) == backbone.dump(model)
     assert found == facts
