@@ -15,7 +15,7 @@ CEILINGS = {"float32 FLOP/s": 1e9, "memory bytes/s": 1e8}
 
 def test_speed_is_measured_for_every_way(small_model: Path) -> None:
     try:
-        judgment.data_folder()
+        judgment.filter_folder()
     except ColdRefreshError as error:
         pytest.skip(str(error))
     found = judgment.measure_speed(3, ceilings=CEILINGS, model=str(small_model), history=2, dtype="float32", rounds=2)
@@ -45,5 +45,8 @@ def test_speed_is_measured_for_every_way(small_model: Path) -> None:
 
 def test_without_the_data_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("COLD_REFRESH_DATA", str(tmp_path))
-    with pytest.raises(ColdRefreshError, match="COLD_REFRESH_DATA"):
-        judgment.data_folder()
+    for absent in ("interactions", "coldllm_filter"):
+        with pytest.raises(ColdRefreshError, match=rf"{absent}\.parquet: name the data folder in COLD_REFRESH_DATA"):
+            judgment.filter_folder()
+        (tmp_path / "citeulike-a").mkdir(exist_ok=True)
+        (tmp_path / "citeulike-a" / f"{absent}.parquet").touch()

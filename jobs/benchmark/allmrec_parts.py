@@ -18,6 +18,7 @@ import torch
 from jobs.benchmark import allmrec_data
 from jobs.benchmark.allmrec_data import Corpus, Division
 from jobs.benchmark.allmrec_rows import Options
+from jobs.benchmark.kept import Kept
 from jobs.benchmark.measure import peak_memory
 from jobs.run import log
 from udfs import (
@@ -114,20 +115,19 @@ class Parts:
         folder, before = self.folder / f"{kind}-{key}", Cost()
         for part in under:
             before += part.cost
-        done = folder / "facts.json"
-        if not done.exists():
+
+        def made() -> dict[str, Any]:
             log(f"[benchmark] {self.corpus.name}, {self._scenario}, seed {self.seed}: {kind} {json.dumps(made_of)}")
             files, cost = measured(lambda: make(Checkpoints(str(folder / "state"))), self.device)
             folder.mkdir(parents=True, exist_ok=True)
             for name, body in files.items():
                 (folder / name).write_bytes(body)
             shutil.rmtree(folder / "state", ignore_errors=True)
-            # Last, and whole: a part without it is made again.
-            part_file = done.with_suffix(".part")
-            part_file.write_text(json.dumps({"of": facts, "seconds": cost.seconds, "memory": cost.memory}))
-            part_file.rename(done)
-        kept = json.loads(done.read_text())
-        files = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path != done}
+            return {"of": facts, "seconds": cost.seconds, "memory": cost.memory}
+
+        # The facts come last: a part without them is made again.
+        kept = Kept(folder, "facts").once(made)
+        files = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "facts.json"}
         return Part(files, before + Cost(kept["seconds"], kept["memory"]), key)
 
     def backbone(self, options: Options) -> tuple[Backbone, Part]:

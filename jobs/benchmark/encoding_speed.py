@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
+from jobs.benchmark.datasets import data_folder
 from jobs.benchmark.measure import SHARES, device, interleaved, layer_weights, shares
 from jobs.benchmark.table import best_and_spread, table
 from jobs.run import log
@@ -29,9 +30,7 @@ def run(texts: int, seed: int, ceilings: dict[str, float]) -> dict[str, Any]:
     Returns:
         tables (one; without rows where the data is absent), cases: the figures behind it.
     """
-    from jobs.benchmark.judgment import data_folder
-
-    titles = pq.read_table(data_folder() / "items.parquet", columns=["title"])["title"].to_pylist()
+    titles = pq.read_table(data_folder("citeulike-a") / "items.parquet", columns=["title"])["title"].to_pylist()
     order = np.random.Generator(np.random.Philox(seed)).permutation(len(titles))
     chosen = [titles[row] for row in order[:texts]]
     cases, rows = [], []

@@ -6,7 +6,6 @@ The titles and the filter's candidates are CiteULike's (citeulike-a of the data 
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
+from jobs.benchmark.datasets import data_folder
 from jobs.benchmark.measure import SHARES, ceilings, layer_weights, shares
 from jobs.benchmark.table import table
 from jobs.run import log
@@ -46,9 +46,9 @@ _FIRST = Question(
 )
 
 
-def data_folder() -> Path:
-    """Where citeulike-a is. Raises ColdRefreshError if it is nowhere."""
-    folder = Path(os.environ.get("COLD_REFRESH_DATA") or "../shared/data") / "citeulike-a"
+def filter_folder() -> Path:
+    """Where citeulike-a and the pairs of ColdLLM's filter are. Raises ColdRefreshError if they are nowhere."""
+    folder = data_folder("citeulike-a")
     if not (folder / "coldllm_filter.parquet").is_file():
         raise ColdRefreshError(f"no {folder}/coldllm_filter.parquet: name the data folder in COLD_REFRESH_DATA")
     return folder
@@ -105,7 +105,7 @@ def measure_speed(
         tables (one), seconds_an_item and ratio by way, tokens_an_item and passes_an_item (of the language model) by way,
         stages (seconds an item), and the options.
     """
-    data = _read(data_folder(), history)
+    data = _read(filter_folder(), history)
     rng = np.random.Generator(np.random.Philox(seed))
     cold = np.unique(data.items)
     chosen = rng.permutation(cold)[:items]
