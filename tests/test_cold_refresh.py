@@ -42,13 +42,14 @@ def test_the_published_embeddings_rank_cold_items_above_the_floors(undisturbed: 
     assert cold["published"] > cold["random"] + 0.2
 
 
-def test_the_same_night_again_recomputes_nothing(undisturbed: tuple[small.SmallLake, dict[str, Any]]) -> None:
+def test_the_same_night_again_recomputes_nothing(
+    undisturbed: tuple[small.SmallLake, dict[str, Any]], capfd: pytest.CaptureFixture[str]
+) -> None:
     lake, summary = undisturbed
     versions = {name: Lake(str(lake.lake)).version(name) for name in ("runs", "metrics", "item_embeddings")}
-    done = nights.run(lake.conf, lake.run_date)
-    assert done.returncode == 0, done.stdout
-    assert "nothing is recomputed" in done.stdout
-    assert summary["run_id"] in done.stdout
+    again, said = _main(lake, capfd)
+    assert "nothing is recomputed" in said
+    assert (again["run_id"], again["stages_computed"]) == (summary["run_id"], [])
     assert {name: Lake(str(lake.lake)).version(name) for name in versions} == versions
 
 
@@ -113,8 +114,10 @@ def test_a_night_without_cold_items_is_a_good_night(
     assert Lake(str(lake.lake)).read("item_embeddings").num_rows == 48
 
 
-def test_dry_run_says_what_would_be_done_and_does_nothing(small_lake: small.SmallLake) -> None:
-    plan = nights.night(small_lake.conf, small_lake.run_date, "--dry-run")
+def test_dry_run_says_what_would_be_done_and_does_nothing(
+    small_lake: small.SmallLake, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plan, _ = _main(small_lake, capfd, "--dry-run")
     assert [stage["stage"] for stage in plan["stages"] if stage["run"]] == list(STAGES)
     assert plan["inputs"]["items"]["rows"] == 60
     assert not (small_lake.lake / "runs").exists()
@@ -145,6 +148,13 @@ def test_bad_input_is_one_clear_message_of_spark_submit_too(small_lake: small.Sm
     done = nights.run(small_lake.conf, small_lake.run_date, "--set", "cf.modle=als")
     assert done.returncode == 1
     _is_one_clear_message(small_lake, done.stdout, "cf.modle")
+
+
+def _main(lake: small.SmallLake, capfd: pytest.CaptureFixture[str], *more: str) -> tuple[dict[str, Any], str]:
+    """The summary of the command in this process, and what it said besides."""
+    assert cold_refresh.main(["--conf", str(lake.conf), "--run-date", str(lake.run_date), *more]) == 0
+    out, said = capfd.readouterr()
+    return json.loads(out.splitlines()[-1]), said
 
 
 def _is_one_clear_message(lake: small.SmallLake, said: str, message: str) -> None:

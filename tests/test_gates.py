@@ -312,15 +312,21 @@ def good_pairs(spark: Any, tmp_path_factory: pytest.TempPathFactory) -> pd.DataF
     return next(view.frame for view in views if view.table == "training_interactions")
 
 
+@pytest.fixture
+def pairs_are_good(good_pairs: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Spark has made of good pairs is taken again."""
+    found = SimpleNamespace(toPandas=lambda: good_pairs)
+    monkeypatch.setattr(gates.gate_views, "training_by_item", lambda *tables: found)
+
+
+@pytest.mark.usefixtures("spark")
 @pytest.mark.parametrize(("table", "change", "rule", "shown"), [pytest.param(*b[1:], id=b[0]) for b in INPUT_BREAKS])
 def test_each_broken_rule_of_the_inputs_is_named(
-    tmp_path: Path, table: str, change: Break, rule: str, shown: str,
-    good_pairs: pd.DataFrame, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    tmp_path: Path, table: str, change: Break, rule: str, shown: str, request: pytest.FixtureRequest
+) -> None:
     run, out, facts = _snapshot(tmp_path, {table: change})
-    if table != "training_interactions":  # Spark has made the same of the pairs already
-        found = SimpleNamespace(toPandas=lambda: good_pairs)
-        monkeypatch.setattr(gates.gate_views, "training_by_item", lambda *tables: found)
+    if table != "training_interactions":
+        request.getfixturevalue("pairs_are_good")
     views = gates.input_views(run, out, facts)
     failures = [line for name in {table, "rejected_rows"} for line in _failures(name, *views, run) if rule in line]
     assert any(shown in line for line in failures), failures
@@ -349,6 +355,7 @@ def test_good_inputs_pass(tmp_path: Path) -> None:
     assert Path(gates.check_inputs(*_snapshot(tmp_path, {}))["data_docs"]).is_file()
 
 
+@pytest.mark.usefixtures("pairs_are_good")
 def test_rows_of_the_inputs_reconcile(tmp_path: Path) -> None:
     message = _inputs(tmp_path, rows_in={"interactions": 980, "items": 27})
     assert "rows in = rows used + rows rejected" in message
@@ -356,6 +363,7 @@ def test_rows_of_the_inputs_reconcile(tmp_path: Path) -> None:
     assert "an input table has rows" in _inputs(tmp_path, rows_in={"interactions": 0, "items": 27})
 
 
+@pytest.mark.usefixtures("pairs_are_good")
 @pytest.mark.parametrize(("times", "stops"), [(1.9, False), (2.1, True)])
 def test_an_input_that_lost_half_of_its_rows_stops_the_night(tmp_path: Path, times: float, stops: bool) -> None:
     before = night.run_of(tmp_path, run_date=night.RUN_DATE - timedelta(days=3))
