@@ -291,10 +291,11 @@ class Settings(_Section):
     def digest(self, *sections: str) -> str:
         """Hash (16 hex digits) of the settings that decide results; of `sections` only, if named.
 
-        Where the lake is, how workers run, into what pieces work is cut, which file a model is to be, and how much an input may
-        have shrunk is left out; of named sections also `retrain_days`, which says when to train and not what comes of it, so
-        that a space is found again whatever asked for it. Of section allmrec a night reads the alignment only, and that for
-        refresh.cold=allmrec: otherwise nothing there makes another night.
+        Where the lake is, how workers run, into what pieces texts and the vocabulary are cut, which file a model is to be, and
+        how much an input may have shrunk is left out (sampling.shard_items and user_tile decide nothing either, and are not);
+        of named sections also `retrain_days`, which says when to train and not what comes of it, so that a space is found again
+        whatever asked for it. Of section allmrec a night reads the alignment only, and that for refresh.cold=allmrec: otherwise
+        nothing there makes another night.
         """
         body = self.model_dump(mode="json", exclude={"lake", "storage_options", "ray", "spark", "keep_runs"})
         body["gates"].pop("kept_share")

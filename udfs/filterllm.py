@@ -31,6 +31,7 @@ class Config:
     dimension: int  # of g and of the user vocabulary
     users: int
     mapper: Literal["linear", "linear_relu", "mlp"] = "mlp"
+    # Not the settings' own: those are 2048, 0.5 and 1.
     hidden: int = 512  # of the mlp
     dropout: float = 0.1  # of the mlp
     noise: float = 0.0  # standard deviation, on the standardised hidden state; mlp, in training only

@@ -216,7 +216,10 @@ def _of_ways(stages: dict[str, float]) -> dict[str, float]:
 
 
 class _Scorer:
-    """FilterLLM's mapper and vocabulary, and ColdLLM's towers, of the right shapes; what their weights are costs nothing."""
+    """FilterLLM's mapper and vocabulary, and ColdLLM's towers; what their weights are costs nothing.
+
+    The mapper is as wide inside as `Config` has it, 512: so it was measured. That of conf/citeulike.yaml has 2048.
+    """
 
     def __init__(self, encoder: TextEncoder, users: int, seed: int) -> None:
         with forked(encoder.device):
