@@ -43,7 +43,7 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
 
     Returns:
         rows_in, rows_used and rows_rejected for each input; users, items, warm, cold, pairs; digests of what later stages
-        compute from.
+        compute from; expectations, succeeded and data_docs of the gate.
 
     Raises:
         ContractError: a column is missing or has the wrong type, a table is empty, or its pinned version is gone.
@@ -51,8 +51,7 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
     """
     with inputs.readable(run):
         facts = _stage(run, out)
-    gates.check_inputs(run, out, facts)
-    return facts
+    return {**facts, **gates.check_inputs(run, out, facts)}
 
 
 def _stage(run: Run, out: Staging) -> dict[str, Any]:

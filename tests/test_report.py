@@ -75,7 +75,8 @@ def snapshot_stage(rejected):
         used = {"interactions": 42, "items": 13}
         bad = {name: sum(r["rows"] for r in rejected if r["table"] == name) for name in used}
         total = {name: used[name] + bad[name] for name in used}
-        return {**counts, "rows_in": total, "rows_used": used, "rows_rejected": bad}
+        docs = {"data_docs": out.path("data_docs/index.html")}
+        return {**counts, **docs, "rows_in": total, "rows_used": used, "rows_rejected": bad}
 
     return stage
 
@@ -191,7 +192,9 @@ def test_the_page_shows_the_run(tmp_path):
         "5,050 pairs of 77 cold items", "Calibration error 0.457",
     ):  # fmt: skip
         assert expected in page.text, expected
-    assert ("href", f"_staging/{run.run_id}/gates/data_docs/index.html") in page.attributes
+    for stage in ("snapshot", "gates"):
+        assert f"Data Docs, {stage}" in page.text
+        assert ("href", f"_staging/{run.run_id}/{stage}/data_docs/index.html") in page.attributes
     assert page.tags.count("svg") == 4
     # A user's newest item first, and no more than five of them.
     assert (

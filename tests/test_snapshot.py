@@ -99,6 +99,8 @@ def test_rows_are_numbered_labelled_and_summed_whatever_their_order(spark: Any, 
         {"interactions": 4, "items": 3},
     )
     assert (facts["warm"], facts["cold"], facts["pairs"], facts["users"]) == (2, 1, 3, 2)
+    assert facts["expectations"] == facts["succeeded"] > 0
+    assert facts["data_docs"] == out.path("data_docs/index.html")
 
     two, _ = _snapshot(_run(_lake(tmp_path / "two", events[::-1], items[::-1])))
     assert (two["training_digest"], two["items_digest"]) == (facts["training_digest"], facts["items_digest"])
