@@ -22,8 +22,8 @@ import pyarrow as pa
 
 from jobs import cli, inputs, truth
 from jobs.lake import Lake
-from jobs.published import NotPublishedError, Published
-from jobs.run import LATE_DAYS, OUTPUTS, Run, code_version, execute, has_its_inputs, log, parse_run_date
+from jobs.published import NotPublishedError, Published, require_remakable
+from jobs.run import LATE_DAYS, OUTPUTS, Run, code_version, execute, log, parse_run_date
 from jobs.settings import Settings
 from jobs.staging import Staging
 from jobs.truth import Catalog, Truth
@@ -256,20 +256,12 @@ def published_run(settings: Settings, run_date: date) -> Run:
         )
     pinned = json.loads(latest["input_versions"])
     run = Run(settings, run_date, latest["run_id"], latest["sequence"], pinned, latest["conf_hash"])
-    if (latest["conf_hash"], latest["code_version"]) != (settings.digest(), code_version()):
-        if not run.staging("snapshot").is_complete():
-            raise NotPublishedError(
-                f"the staged snapshot of run {run.run_id} is gone (keep_runs), and to make it again its own settings and code "
-                f"are needed: name the --conf and --set of that night (code {latest['code_version']})"
-            )
+    if not run.staging("snapshot").is_complete():
+        # Removed since: it is made again from the versions that the run pinned.
+        require_remakable(run, latest)
+    elif (latest["conf_hash"], latest["code_version"]) != (settings.digest(), code_version()):
         log(
             f"note: run {run.run_id} was made with other settings or code than these; its own data is evaluated with these"
-        )
-    # Its staged files may have been removed since: the snapshot is made again from the versions that the run pinned.
-    if not run.staging("snapshot").is_complete() and not has_its_inputs(run):
-        raise NotPublishedError(
-            f"the staged snapshot of run {run.run_id} is gone (keep_runs), and it cannot be made again: an input table was "
-            f"made anew since, or has no longer the version that the run pinned ({run.input_versions})"
         )
     execute(run, "snapshot")
     return run

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from jobs import cli, item_index
 from jobs.lake import Lake
-from jobs.run import OUTPUTS, log, parse_run_date
+from jobs.run import OUTPUTS, Run, code_version, has_its_inputs, log, parse_run_date
 from schemas.errors import ColdRefreshError
 from udfs.ids import sort
 from udfs.vectors import from_column
@@ -117,6 +117,28 @@ def previous(lake: Lake, before: date) -> Published | None:
         return latest(lake, before - timedelta(days=1))
     except NotPublishedError:
         return None
+
+
+def require_remakable(night: Run, row: dict[str, Any]) -> None:
+    """The staged snapshot of `night`, which was removed, can be made again as it was, with the settings of `night`.
+
+    Args:
+        row: conf_hash and code_version of what the night published.
+
+    Raises:
+        NotPublishedError: it would be another one, since the settings, the code or the input tables are others.
+    """
+    gone = f"the staged snapshot of run {night.run_id} is gone (keep_runs), and"
+    if (row["conf_hash"], row["code_version"]) != (night.settings.digest(), code_version()):
+        raise NotPublishedError(
+            f"{gone} to make it again its own settings and code are needed: name the --conf and --set of that night (code "
+            f"{row['code_version']}), or run the night again"
+        )
+    if not has_its_inputs(night):
+        raise NotPublishedError(
+            f"{gone} it cannot be made again: an input table was made anew since, or has no longer the version that the run "
+            f"pinned ({night.input_versions}). Name a later night"
+        )
 
 
 def recommend(published: Published, user_id: str | None, top: int, *, use_index: bool = False) -> dict[str, Any]:

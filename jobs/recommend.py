@@ -41,10 +41,10 @@ from jobs import (
 )
 from jobs.expectations import View, check
 from jobs.lake import Lake
-from jobs.published import NotPublishedError, Published
+from jobs.published import NotPublishedError, Published, require_remakable
 from jobs.recommend_shards import TABLE, Work
 from jobs.recommend_users import Users
-from jobs.run import Run, code_version, execute, has_its_inputs, log, parse_run_date
+from jobs.run import Run, code_version, execute, log, parse_run_date
 from jobs.settings import Settings
 from jobs.staging import Staging
 from schemas.errors import ColdRefreshError
@@ -59,7 +59,7 @@ _MEANS = {"retrain_days": True, "reader": {"shard_users", "batch_tokens"}}
 
 
 class RecommendError(ColdRefreshError):
-    """The list of users cannot be read, or the night's tables are gone: the message says which and the remedy."""
+    """The list of users cannot be read: the message says why, and what it must hold."""
 
 
 @dataclass(frozen=True)
@@ -220,21 +220,12 @@ def night_snapshot(run: Run, before: Run, row: dict[str, Any]) -> Staging:
     that the night pinned. `row`: the night's conf_hash and code_version.
 
     Raises:
-        RecommendError: it would be another one, since the settings, the code or the input tables are others.
+        NotPublishedError: it would be another one, since the settings, the code or the input tables are others.
     """
     staged = before.staging("snapshot")
     if staged.is_complete():
         return staged
-    if (row["conf_hash"], row["code_version"]) != (run.settings.digest(), code_version()):
-        raise RecommendError(
-            f"the staged snapshot of the night {before.run_id} is gone (keep_runs), and to make it again its own settings "
-            f"and code are needed: name the --conf and --set of that night (code {row['code_version']}), or run the night again"
-        )
-    if not has_its_inputs(before):
-        raise RecommendError(
-            f"the staged snapshot of the night {before.run_id} is gone (keep_runs), and it cannot be made again: an input table "
-            f"was made anew since, or has no longer the version that the night pinned ({before.input_versions}). Name a later night"
-        )
+    require_remakable(before, row)
     log(f"[recommend] the staged snapshot of {before.run_id} is gone: made again from {run.input_versions}")
     execute(run, "snapshot")
     return run.staging("snapshot")

@@ -13,6 +13,7 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 
 from jobs import allmrec_night, expectations, recommend, snapshot
+from jobs.published import NotPublishedError
 from jobs.run import Run, code_version, execute, open_run
 from jobs.settings import Settings
 from jobs.staging import Staging
@@ -331,11 +332,11 @@ def test_a_snapshot_that_was_removed_is_made_again_of_the_versions_it_pinned(spa
     assert (again.user_ids, again.item_ids, again.titles) == (before.user_ids, before.item_ids, before.titles)
     assert again.histories.items.tolist() == before.histories.items.tolist() == [0, 1, 1]
     other = replace(asking, settings=run.settings.model_copy(update={"seed": 8}))
-    with pytest.raises(recommend.RecommendError, match=f"snapshot of the night {run.run_id} is gone"):
-        recommend.night_snapshot(other, run, row)
+    with pytest.raises(NotPublishedError, match=f"snapshot of run {run.run_id} is gone .* own settings and code"):
+        recommend.night_snapshot(other, replace(run, settings=other.settings), row)
     # A table that was made anew has versions of its own.
     asking.staging("snapshot").clear()
     shutil.rmtree(tmp_path / "interactions")
     write_deltalake(str(tmp_path / "interactions"), _events([("u0", "a", BEFORE, 1.0)]))
-    with pytest.raises(recommend.RecommendError, match="cannot be made again: an input table was made"):
+    with pytest.raises(NotPublishedError, match="cannot be made again: an input table was made"):
         recommend.night_snapshot(asking, run, row)
