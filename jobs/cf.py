@@ -161,6 +161,8 @@ def train(run: Run, out: Staging, *, align_to: str | None, sampled: Pairs | None
     version = digest.hexdigest()[:16]
     artifact = run.artifact("spaces", version)
     if artifact.is_complete():
+        if sampled is None:
+            run.renew("spaces", version)
         return version
     log(f"[cf] training {settings.cf.model} with {settings.cf.dimension} dimensions, space {version}")
     y, x, scales, of_text = _fit(run, out, takes_part, users.num_rows, sampled)
@@ -176,6 +178,8 @@ def train(run: Run, out: Staging, *, align_to: str | None, sampled: Pairs | None
         else:
             y, x = (matrix @ rotation.astype(np.float32) for matrix in (y, x))
             of_text = of_text.rotated(rotation) if of_text else None
+    if artifact.is_complete():  # another run trained it meanwhile, and a night may read it
+        return version
     artifact.clear()
     artifact.write("users", plain(pa.table({"user_id": y_ids, "embedding": to_column(y)})))
     columns = {"item_id": x_ids, "embedding": to_column(x), "interactions": interactions}
@@ -186,8 +190,7 @@ def train(run: Run, out: Staging, *, align_to: str | None, sampled: Pairs | None
         "kind": "refresh" if sampled is not None else "cf",
         "run_id": run.run_id,
         "trained_on": run.run_date.isoformat(),
-        # Of the spaces of this date: mended data are trained on again.
-        "nth": 1 + sum(day == run.run_date for day, _, _ in _spaces(run)),
+        "nth": run.nth("spaces"),  # mended data are trained on again
         "conf": conf,
         "seed": settings.seed,
         "model": settings.cf.model,

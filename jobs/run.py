@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from jobs.lake import Lake, LakeError
 from jobs.settings import Settings, SettingsError
-from jobs.staging import Staging
+from jobs.staging import Staging, StagingError
 from schemas.errors import ColdRefreshError, ContractError
 
 STAGES = (
@@ -125,6 +125,16 @@ class Run:
                 if trained_on <= self.run_date:
                     found.append((trained_on, name, facts))
         return sorted(found, key=lambda one: (one[0], one[2].get("nth", 0), one[1]))
+
+    def nth(self, kind: str) -> int:
+        """The number of an artifact of `kind` that is trained on this date now: the newest of a date has the highest."""
+        return 1 + max((facts.get("nth", 0) for day, _, facts in self.trained(kind) if day == self.run_date), default=0)
+
+    def renew(self, kind: str, version: str) -> None:
+        """Let a complete artifact of this date be its newest: what was trained since was trained on data that are gone again."""
+        artifact, nth = self.artifact(kind, version), self.nth(kind)
+        if artifact.facts()["nth"] < nth - 1:
+            artifact.complete({**artifact.facts(), "nth": nth})
 
     def record(self, stage: str, counts: dict[str, Any], seconds: float, output_versions: dict[str, int]) -> None:
         """Add the row of a completed stage to `runs`, once."""
@@ -290,6 +300,9 @@ def execute(run: Run, name: str, stage: Stage | None = None) -> dict[str, Any]:
 
     A stage is `run(run, out) -> facts`: it leaves its tables in `out`, and its facts (JSON: row counts, versions, ...)
     go into the manifest and into `runs`.
+
+    Raises:
+        StagingError: another process has begun the stage meanwhile.
     """
     out = run.staging(name)
     if out.is_complete():
@@ -297,7 +310,7 @@ def execute(run: Run, name: str, stage: Stage | None = None) -> dict[str, Any]:
         facts = out.facts()
     else:
         log(f"[{name}] started")
-        out.clear()
+        attempt = out.claim()
         begun = time.perf_counter()
         try:
             # Its engine is imported when it runs: a process that needs no Spark starts none.
@@ -306,6 +319,11 @@ def execute(run: Run, name: str, stage: Stage | None = None) -> dict[str, Any]:
             out.refuse(str(error))
             raise
         facts = {**facts, "seconds": round(time.perf_counter() - begun, 3)}
+        if not out.is_claimed(attempt):
+            raise StagingError(
+                f"[{name}] another process has begun this stage of run {run.run_id} since, and removed what this one left: "
+                "let it end, then start this one again"
+            )
         out.complete(facts)
         brief = {k: v for k, v in facts.items() if not isinstance(v, dict | list)}
         log(f"[{name}] done: {json.dumps(brief, default=str)}")

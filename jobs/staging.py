@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from udfs.filesystems import located
 
 MANIFEST = "manifest.json"
 _REFUSED = "refused.txt"
+_ATTEMPT = ".attempt"  # no content: the manifest leaves it out
 # Hashing lets other threads run, and a store answers several requests at once.
 _THREADS = 8
 
@@ -146,6 +148,19 @@ class Staging:
             if filesystem.get_file_info(f"{root}/{MANIFEST}").type == fs.FileType.File:
                 filesystem.delete_file(f"{root}/{MANIFEST}")
             filesystem.delete_dir(root)
+
+    def claim(self) -> str:
+        """Empty the folder for an attempt to fill it, whose name this is."""
+        self.clear()
+        attempt = uuid.uuid4().hex
+        self.write_bytes(_ATTEMPT, attempt.encode())
+        return attempt
+
+    def is_claimed(self, attempt: str) -> bool:
+        """Nobody has claimed the folder since `attempt` did."""
+        filesystem, root = located(self.uri)
+        there = filesystem.get_file_info(f"{root}/{_ATTEMPT}").type == fs.FileType.File
+        return there and self.read_bytes(_ATTEMPT).decode() == attempt
 
     def children(self) -> list[str]:
         """Names of the folders in this one."""

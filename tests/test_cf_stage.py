@@ -12,7 +12,7 @@ import pytest
 
 from jobs import cf, cf_start
 from jobs.run import Run, execute
-from jobs.staging import StagingError
+from jobs.staging import Staging, StagingError
 from tests.staged_night import Pair, blocks, run_of, snapshot
 from udfs.cf_inputs import CfError
 
@@ -88,6 +88,34 @@ def test_mended_data_are_trained_on_again_and_later_nights_take_that_space(tmp_p
             assert trained["trained"] is True
             night = _stage(run_of(tmp_path / lake, date(2026, 3, 2), number, cf=BPR), data[which])
             assert (night["space_version"], night["trained"]) == (trained["space_version"], False)
+
+
+def test_data_that_are_restored_are_the_newest_again(tmp_path: Path) -> None:
+    good, damaged = blocks(seed=1), blocks(seed=2)
+    versions = []
+    for number, data in enumerate((good, damaged, good, good), 1):
+        run = run_of(tmp_path, DAY, number, cf=BPR)
+        versions.append(_stage(replace(run, settings=run.settings.training()), data)["space_version"])
+        night = _stage(run_of(tmp_path, date(2026, 3, 2), number, cf=BPR), data)
+        assert (night["space_version"], night["trained"]) == (versions[-1], False)
+    assert versions == [versions[0], versions[1], versions[0], versions[0]]
+    assert len(set(versions)) == 2
+
+
+def test_a_space_that_another_run_trained_meanwhile_is_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = cf._fit
+
+    def slow(*args: Any) -> Any:
+        monkeypatch.setattr(cf, "_fit", fit)
+        _stage(run_of(tmp_path, DAY, 2, cf=BPR), blocks())
+        monkeypatch.setattr(Staging, "clear", lambda folder: pytest.fail(f"{folder.uri} is complete and was cleared"))
+        return fit(*args)
+
+    monkeypatch.setattr(cf, "_fit", slow)
+    facts = _stage(run_of(tmp_path, DAY, cf=BPR), blocks())
+    assert cf.load_space(run_of(tmp_path, DAY, cf=BPR), facts["space_version"]).users.any()
 
 
 def test_the_version_is_the_content_and_alignment_changes_no_score(tmp_path: Path) -> None:

@@ -5,13 +5,44 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from datetime import date
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
 from jobs import staging
+from jobs.run import Run, execute
 from jobs.staging import MANIFEST, Staging, StagingError
+from tests.staged_night import run_of
+
+
+def test_of_two_attempts_the_later_one_owns_the_folder(tmp_path: Path) -> None:
+    folder = Staging(str(tmp_path / "stage"))
+    first = folder.claim()
+    folder.write("a", pa.table({"n": [1]}))
+    assert folder.is_claimed(first)
+    second = folder.claim()
+    assert (folder.is_claimed(first), folder.is_claimed(second)) == (False, True)
+    assert folder.children() == []
+    folder.clear()
+    assert not folder.is_claimed(second)
+
+
+def test_a_stage_that_another_process_has_begun_again_does_not_complete(tmp_path: Path) -> None:
+    """What the other removed would be missing, and the stage would count as complete."""
+    run = run_of(tmp_path, date(2026, 3, 1))
+
+    def stage(run: Run, out: Staging) -> dict[str, int]:
+        out.write("first", pa.table({"n": [1]}))
+        out.claim()  # as the other process does
+        out.write("second", pa.table({"n": [1]}))
+        return {}
+
+    with pytest.raises(StagingError, match="another process has begun this stage of run 20260301-"):
+        execute(run, "cf", stage)
+    assert not run.staging("cf").is_complete()
+    assert run.recorded() == {}
 
 
 def test_the_manifest_is_of_every_file_and_files_are_hashed_at_once(
