@@ -109,7 +109,9 @@ def find(run: Run, night: Night, language_model: str, side: Side) -> str:
 def _identity(run: Run, cf_version: str, language_model: str) -> dict[str, str]:
     conf = allmrec_artifacts.conf_digest(run.settings.allmrec.alignment, run.settings.seed)
     identity = {"cf_version": cf_version, "language_model": language_model, "conf": conf, "definition": _DEFINITION}
-    return {**identity, "prompt": run.settings.text.prompt}
+    # Where the texts are trained along, dropout falls by batches.
+    batches = {"batch_tokens": str(run.settings.text.batch_tokens)} if run.settings.allmrec.alignment.lora else {}
+    return {**identity, **batches, "prompt": run.settings.text.prompt}
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from pydantic import BaseModel
 from jobs import cf, training_workers
 from jobs.run import Run, log
 from jobs.staging import Staging
-from udfs import allmrec_examples, devices
+from udfs import devices
 from udfs.checkpoints import Checkpoints
+from udfs.fingerprint import fingerprint
 from udfs.module_files import FILES
 from udfs.worker_group import Group
 
@@ -48,11 +49,16 @@ def conf_digest(section: BaseModel, seed: int, without: Any = None) -> str:
 
 
 def newest(run: Run, kind: str, identity: dict[str, str], days: int | None = None) -> str | None:
-    """The newest complete part of this identity, trained on the run date or before (less than `days` days ago)."""
+    """The newest complete part of this identity, trained on the run date or before (less than `days` days ago); none that was
+    trained before the training run (--train) of its date: what it learnt from may have been mended for that.
+    """
+    trainings = run.trainings()
     found = [
         version
         for day, version, facts in run.trained(kind)
-        if (not days or (run.run_date - day).days < days) and identity.items() <= facts.items()
+        if (not days or (run.run_date - day).days < days)
+        and identity.items() <= facts.items()
+        and facts.get("training") == trainings.get(day)
     ]
     return found[-1] if found else None
 
@@ -78,8 +84,9 @@ def train(
         jobs.ray_cluster.ClusterError, udfs.ray_training.TrainingError: Ray or the worker failed.
     """
     run = run.anywhere()
-    version = allmrec_examples.identity([identity, run.run_date.isoformat(), data], *arrays)[:16]
+    version = fingerprint([identity, run.run_date.isoformat(), data], *arrays)[:16]
     artifact, checkpoints = run.artifact(kind, version), run.artifact("checkpoints", version)
+    training = run.trainings().get(run.run_date)
     if not artifact.is_complete():
         artifact.clear()
         state = Checkpoints(checkpoints.path("state"))
@@ -90,7 +97,10 @@ def train(
             device = "cpu" if here else cf.params(run.settings).torch_device()
             found = fit(Training(version, artifact, state, device, _told))
             devices.release(device)
-        artifact.complete({**identity, "run_id": run.run_id, "trained_on": run.run_date.isoformat(), **found})
+        dated = {"run_id": run.run_id, "trained_on": run.run_date.isoformat(), "training": training}
+        artifact.complete({**identity, **dated, **found})
+    elif artifact.facts().get("training") != training:  # which found the same data
+        artifact.complete({**artifact.facts(), "training": training})
     # Not before the part is complete: until then a killed run goes on from them.
     checkpoints.clear()
     return version

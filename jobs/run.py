@@ -126,6 +126,13 @@ class Run:
                     found.append((trained_on, name, facts))
         return sorted(found, key=lambda one: (one[0], one[2].get("nth", 0), one[1]))
 
+    def trainings(self) -> dict[date, str]:
+        """Date -> id of its newest finished training run."""
+        rows = self.lake.read("runs", columns=["refresh_date", "run_id", "sequence", "stage"]).to_pylist()
+        finished = {row["run_id"] for row in rows if row["stage"] == TRAINING_STAGES[-1]}
+        begun = [row for row in rows if row["stage"] == _opening(True) and row["run_id"] in finished]
+        return {row["refresh_date"]: row["run_id"] for row in sorted(begun, key=lambda row: row["sequence"])}
+
     def nth(self, kind: str) -> int:
         """The number of an artifact of `kind` that is trained on this date now: the newest of a date has the highest."""
         return 1 + max((facts.get("nth", 0) for day, _, facts in self.trained(kind) if day == self.run_date), default=0)

@@ -258,6 +258,15 @@ class Spark(_Section):
     )
 
 
+_DECIDES_NOTHING = {
+    "text": ("shard_texts", "sha256"),
+    "cf": ("device",),
+    "filterllm": ("vocabulary_chunk",),
+    "sampling": ("shard_items", "user_tile"),
+    "gates": ("kept_share",),
+}
+
+
 class Settings(_Section):
     lake: str = Field(description="a folder or an s3://, gs://, abfss:// URI")
     storage_options: dict[str, str] = Field(
@@ -291,16 +300,19 @@ class Settings(_Section):
     def digest(self, *sections: str) -> str:
         """Hash (16 hex digits) of the settings that decide results; of `sections` only, if named.
 
-        Where the lake is, how workers run, into what pieces texts and the vocabulary are cut, which file a model is to be, and
-        how much an input may have shrunk is left out (sampling.shard_items and user_tile decide nothing either, and are not);
-        of named sections also `retrain_days`, which says when to train and not what comes of it, so that a space is found again
+        Where the lake is, how and on what workers run, into what pieces work is cut, which file a model is to be, and how much
+        an input may have shrunk is left out: so a run that ended for want of memory goes on with smaller pieces. (What a batch
+        of tokens holds counts where a language model is trained along: dropout falls by batches.) Of named sections
+        `retrain_days` is left out too, which says when to train and not what comes of it, so that a space is found again
         whatever asked for it. Of section allmrec a night reads the alignment only, and that for refresh.cold=allmrec: otherwise
         nothing there makes another night.
         """
         body = self.model_dump(mode="json", exclude={"lake", "storage_options", "ray", "spark", "keep_runs"})
-        body["gates"].pop("kept_share")
-        for section, name in (("text", "shard_texts"), ("text", "sha256"), ("filterllm", "vocabulary_chunk")):
-            body[section].pop(name)
+        for section, names in _DECIDES_NOTHING.items():
+            for name in names:
+                body[section].pop(name)
+        if not (self.filterllm.lora or self.allmrec.alignment.lora):
+            body["text"].pop("batch_tokens")
         if not sections:
             allmrec = body.pop("allmrec")
             if self.refresh.cold == "allmrec":

@@ -96,10 +96,19 @@ def test_only_what_decides_results_makes_another_run() -> None:
     assert base.digest() == Settings.model_validate({"lake": "there", "ray": {"actors": 9}}).digest()
     assert base.digest() != Settings.model_validate({"lake": "here", "cf": {"dimension": 32}}).digest()
     # Into what pieces work is cut makes no other model.
-    pieces = {"text": {"shard_texts": 9, "sha256": "0" * 64}, "filterllm": {"vocabulary_chunk": 9}}
+    pieces = {
+        "text": {"shard_texts": 9, "batch_tokens": 99, "sha256": "0" * 64},
+        "cf": {"device": "cpu"},
+        "filterllm": {"vocabulary_chunk": 9},
+        "sampling": {"shard_items": 9, "user_tile": 9},
+    }
     cut = Settings.model_validate({"lake": "here", **pieces})
     assert base.digest() == cut.digest()
     assert base.digest("text", "filterllm") == cut.digest("text", "filterllm")
+    # But dropout falls by batches of tokens where a language model is trained along.
+    for lora in ({"filterllm": {"lora": True}}, {"allmrec": {"alignment": {"lora": True}}}):
+        small, large = (Settings(lake="here", text={"batch_tokens": n}, **lora).digest("text") for n in (99, 8192))
+        assert small != large
     assert base.digest() != Settings(lake="here", seed=8).digest()
 
 
