@@ -6,15 +6,13 @@ need not know which it has.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 import numpy as np
-import safetensors.torch
 import torch
 
-from udfs import gru4rec, ncf, nextitnet, sasrec
+from udfs import gru4rec, module_files, ncf, nextitnet, sasrec
 from udfs.cf_inputs import CfError
 from udfs.devices import forked
 from udfs.sequences import Ints, Sequences, batches
@@ -167,9 +165,7 @@ def with_items(model: SequenceModel, items: Matrix) -> SequenceModel:
 def dump(model: SequenceModel | ncf.NeuMf) -> dict[str, bytes]:
     """The model as files: model.safetensors and config.json."""
     kind = next(kind for kind, (known, _) in _KINDS.items() if isinstance(model, known))
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    body = json.dumps({"kind": kind, **asdict(model.config)}, indent=1, sort_keys=True)
-    return {"model.safetensors": safetensors.torch.save(tensors), "config.json": body.encode()}
+    return module_files.dump(model, {"kind": kind, **asdict(model.config)})
 
 
 def load(files: dict[str, bytes]) -> Any:
@@ -178,14 +174,4 @@ def load(files: dict[str, bytes]) -> Any:
     Raises:
         CfError: a file is absent or unreadable, or they do not fit each other, or a number is not finite.
     """
-    try:
-        fields = json.loads(files["config.json"])
-        model = build(fields.pop("kind"), 0, **fields)
-        tensors = safetensors.torch.load(files["model.safetensors"])
-        model.load_state_dict(tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
-        raise CfError(f"a saved CF model cannot be read: {error}; remove its folder and train again") from error
-    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise CfError(f"a saved CF model holds numbers that are not finite, in {', '.join(broken)}: train again")
-    return model.eval()
+    return module_files.load(files, lambda fields: build(fields.pop("kind"), 0, **fields), "CF model", CfError)
