@@ -20,8 +20,8 @@ from jobs.run import Run
 from udfs import filterllm, filterllm_training, lora, word_map
 from udfs.checkpoints import Checkpoints
 from udfs.filterllm import FilterLLM, FilterLLMError
-from udfs.filterllm_items import held_out
-from udfs.filterllm_training import FrozenTexts, Items, Options
+from udfs.filterllm_items import FrozenTexts, Items, held_out
+from udfs.filterllm_training import Options
 from udfs.ids import large, place
 from udfs.worker_group import Group
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs import published, stranded
-from jobs.expectations import GateError, View, check
+from jobs.expectations import View, check
 from jobs.run import OUTPUTS, Run, log
 from jobs.spark_session import session, spark_path
 from jobs.staging import MANIFEST, Staging
@@ -27,8 +27,6 @@ from udfs.ids import large
 
 if TYPE_CHECKING:
     import pandas as pd
-
-__all__ = ["GateError", "check_inputs", "input_views", "output_views", "refresh_digest", "run"]
 
 _LINEAGE = ["refresh_date", "run_id", "model_version", "space_version"]
 
@@ -132,7 +130,8 @@ def check_inputs(run: Run, out: Staging, facts: dict[str, Any]) -> dict[str, Any
         expectations, succeeded, data_docs.
 
     Raises:
-        GateError: rows are unaccounted for, too many are bad or too few are left, there is no warm item, an id is null, ...
+        jobs.expectations.GateError: rows are unaccounted for, too many are bad or too few are left, there is no warm item, an id
+            is null, ...
     """
     views, parameters = input_views(run, out, facts)
     return check(
@@ -260,7 +259,7 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
         expectations, succeeded; data_docs: where index.html is; rows: output table -> rows; refresh_digest.
 
     Raises:
-        GateError: an expectation is not met; nothing will be published.
+        jobs.expectations.GateError: an expectation is not met; nothing will be published.
     """
     refreshed = run.staging("refresh")
     refreshed.verify()

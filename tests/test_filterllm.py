@@ -10,7 +10,8 @@ import torch
 from udfs import filterllm, lora
 from udfs.distribution_loss import loss
 from udfs.filterllm import Config, FilterLLM, FilterLLMError
-from udfs.filterllm_training import FrozenTexts, Items, Options, at_most, held_out, initialise, train
+from udfs.filterllm_items import FrozenTexts, Items, at_most, held_out
+from udfs.filterllm_training import Options, initialise, train
 from udfs.model_files import find_model
 from udfs.text_encoder import TextEncoder
 

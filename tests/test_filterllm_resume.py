@@ -13,7 +13,8 @@ from tests.test_filterllm import DIMENSION, TEXTS, USERS, WIDTH, _options, _shop
 from udfs import filterllm, lora
 from udfs.checkpoints import CheckpointError, Checkpoints
 from udfs.filterllm import Config, FilterLLM, FilterLLMError
-from udfs.filterllm_training import FrozenTexts, Items, initialise, train
+from udfs.filterllm_items import FrozenTexts, Items
+from udfs.filterllm_training import initialise, train
 from udfs.model_files import find_model
 from udfs.text_encoder import TextEncoder
 

@@ -11,7 +11,8 @@ from torch import nn
 
 from tests.test_filterllm import DIMENSION, USERS, WIDTH, _options, _shop
 from udfs.filterllm import Config, FilterLLM, FilterLLMError, widened
-from udfs.filterllm_training import FrozenTexts, Items, held_out, initialise, train
+from udfs.filterllm_items import FrozenTexts, Items, held_out
+from udfs.filterllm_training import initialise, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,7 +18,8 @@ from udfs.cf_inputs import CfParams
 from udfs.cf_model import fit
 from udfs.checkpoints import Checkpoints
 from udfs.filterllm import Config, FilterLLM
-from udfs.filterllm_training import FrozenTexts, initialise, train
+from udfs.filterllm_items import FrozenTexts
+from udfs.filterllm_training import initialise, train
 from udfs.judgment import Judge
 from udfs.model_files import find_model
 from udfs.sampled_softmax import Proposal

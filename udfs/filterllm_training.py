@@ -24,14 +24,12 @@ from udfs.checkpoints import Checkpoints, restore, state
 from udfs.devices import forked
 from udfs.distribution_loss import guiding_loss, loss
 from udfs.filterllm import FilterLLM, FilterLLMError
-from udfs.filterllm_items import FrozenTexts, Items, at_most, held_out
+from udfs.filterllm_items import Items, at_most, held_out
 from udfs.filterllm_validation import Validation, calibrate, measure, validation
 from udfs.progress import Progress
 from udfs.row_adamw import RowAdamW
 from udfs.sampled_softmax import Proposal
 from udfs.worker_group import Group
-
-__all__ = ["FrozenTexts", "Items", "Options", "at_most", "held_out", "initialise", "train"]
 
 # The paper's share of steps over which the learning rate rises.
 _WARM_UP = 0.05
