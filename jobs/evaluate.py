@@ -212,10 +212,10 @@ class Systems:
         true = cold.truth.tocoo()
         users, items = cold.users[true.row], true.col.astype(np.int64)
         if whole is not None:
-            place = np.full(len(self.catalog.item_ids), -1)
-            place[cold.candidates] = np.arange(len(cold.candidates))
-            candidate = place[whole[1]] >= 0
-            users, items = whole[0][candidate], place[whole[1][candidate]]
+            at = np.full(len(self.catalog.item_ids), -1)
+            at[cold.candidates] = np.arange(len(cold.candidates))
+            candidate = at[whole[1]] >= 0
+            users, items = whole[0][candidate], at[whole[1][candidate]]
         there = known[users] & ~np.isnan(queries[items]).any(axis=1)
         chosen = np.unique(items[there])[: max(1, truth.CELLS // max(1, int(known.sum())))]
         there &= np.isin(items, chosen)

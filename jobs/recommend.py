@@ -63,7 +63,7 @@ class RecommendError(ColdRefreshError):
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
     """What is wanted: `users` ids, `candidates` of the index a user, the `top` best of them, a title written for each."""
 
     users: list[str]
@@ -93,7 +93,7 @@ def read_users(uri: str) -> list[str]:
     return ids
 
 
-def recommend(settings: Settings, run_date: date, asked: Asked) -> dict[str, Any]:
+def recommend(settings: Settings, run_date: date, asked: Request) -> dict[str, Any]:
     """Run the job; its summary.
 
     Raises:
@@ -141,7 +141,7 @@ def _prune(run: Run) -> None:
         Staging(run.lake.path(f"_staging/{run_id}")).clear()
 
 
-def _open(settings: Settings, night: Published, asked: Asked) -> tuple[Run, dict[str, Any]]:
+def _open(settings: Settings, night: Published, asked: Request) -> tuple[Run, dict[str, Any]]:
     """The run, named by what it is made of, with the inputs that the night pinned; and the night's row of `runs`."""
     rows = night.lake.read("runs", refresh_date=night.refresh_date).to_pylist()
     row = next(r for r in rows if r["run_id"] == night.run_id and r["stage"] == "publish")
@@ -154,7 +154,7 @@ def _open(settings: Settings, night: Published, asked: Asked) -> tuple[Run, dict
     return Run(settings, night.refresh_date, run_id, night.sequence, versions, conf), row
 
 
-def _stage(run: Run, out: Staging, published_night: Published, row: dict[str, Any], asked: Asked) -> dict[str, Any]:
+def _stage(run: Run, out: Staging, published_night: Published, row: dict[str, Any], asked: Request) -> dict[str, Any]:
     before = replace(run, run_id=published_night.run_id)
     night = allmrec_night.read(night_snapshot(run, before, row))
     log(f"[recommend] histories are in the order of {night.order}")
@@ -240,7 +240,7 @@ def _gate(
     out: Staging,
     work: Work,
     users: Users,
-    asked: Asked,
+    asked: Request,
     rows: pa.Table,
     items: pa.ChunkedArray,
     shards: Staging,
@@ -309,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
     def job() -> dict[str, Any]:
         settings, run_date = cli.settings(args), parse_run_date(args.run_date)
         ids = [*(read_users(args.users) if args.users else []), *args.user]
-        summary = recommend(settings, run_date, Asked(ids, args.candidates, args.top, args.generate))
+        summary = recommend(settings, run_date, Request(ids, args.candidates, args.top, args.generate))
         if args.user:
             _tell(settings, run_date, summary["run_id"], args.user)
         return summary

@@ -36,7 +36,7 @@ from jobs import (
 from jobs.expectations import GateError
 from jobs.lake import Lake
 from jobs.published import NotPublishedError
-from jobs.recommend import Asked
+from jobs.recommend import Request
 from jobs.run import Run
 from jobs.settings import Settings
 from jobs.staging import Staging
@@ -49,7 +49,7 @@ from udfs.vectors import from_column
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 Done = tuple[Run, dict[str, Any], Path]
-ASKED = Asked([*(f"u{b}-{u}" for b in range(3) for u in range(3)), "u0-0", "nobody", "loner"], candidates=7, top=5)
+ASKED = Request([*(f"u{b}-{u}" for b in range(3) for u in range(3)), "u0-0", "nobody", "loner"], candidates=7, top=5)
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +242,7 @@ def _twice(table: pa.Table) -> pa.Table:
     return pa.concat_tables([table, table.slice(0, 1)])
 
 
-OTHERS = Asked(["u1-1", "u2-0", "nobody"], 7, 5, generate=True)
+OTHERS = Request(["u1-1", "u2-0", "nobody"], 7, 5, generate=True)
 
 
 def test_a_gate_that_fails_writes_nothing_and_mended_the_run_goes_on(
@@ -280,7 +280,7 @@ def test_a_gate_that_fails_writes_nothing_and_mended_the_run_goes_on(
 def test_nobody_to_serve_is_no_failure_and_trains_nothing(done: Done) -> None:
     run, _, _ = done
     readers = Staging(run.lake.path("_artifacts/readers")).children()
-    summary = recommend.recommend(changed(run, {"epochs": 2}), DAY, Asked(["nobody", "loner"], 6, 5))
+    summary = recommend.recommend(changed(run, {"epochs": 2}), DAY, Request(["nobody", "loner"], 6, 5))
     assert (summary["rows"], summary["users"]["served"], summary["model_version"]) == (0, 0, None)
     assert Staging(run.lake.path("_artifacts/readers")).children() == readers
 
@@ -288,7 +288,7 @@ def test_nobody_to_serve_is_no_failure_and_trains_nothing(done: Done) -> None:
 def test_without_the_candidates_in_the_prompt_titles_count_by_what_the_user_adds(done: Done) -> None:
     run, _, _ = done
     settings = changed(run, {"candidates": False, "epochs": 1, "weigh_users": 0})
-    summary = recommend.recommend(settings, DAY, Asked(["u1-1", "u2-0"], 7, 5))
+    summary = recommend.recommend(settings, DAY, Request(["u1-1", "u2-0"], 7, 5))
     found, side, spoken = _sides(run)
     conf = settings.allmrec.reader
     files = allmrec_artifacts.files(run, "readers", summary["model_version"])

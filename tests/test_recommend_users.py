@@ -23,7 +23,7 @@ from jobs import (
 )
 from jobs.allmrec_night import Night
 from jobs.expectations import evaluate
-from jobs.recommend import Asked
+from jobs.recommend import Request
 from jobs.recommend_users import Users
 from jobs.run import Run
 from schemas.table import table as schema
@@ -147,7 +147,7 @@ def _failures(
 
     monkeypatch.setattr(recommend, "check", check)
     names = pa.chunked_array([pa.array(ITEMS)])
-    question = Asked(["nobody"] * asked, TOP, TOP)
+    question = Request(["nobody"] * asked, TOP, TOP)
     recommend._gate(run, run.staging("x"), work, users, question, change(_rows(run)), names, run.staging("shards"))
     return found
 
