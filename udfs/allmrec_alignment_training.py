@@ -17,9 +17,10 @@ from torch import nn
 
 from udfs import epochs
 from udfs.allmrec_alignment import Alignment, Weights, losses, total
-from udfs.allmrec_examples import AllmrecError, Examples, identity
+from udfs.allmrec_examples import AllmrecError, Examples
 from udfs.backbone import inner_products
 from udfs.checkpoints import Checkpoints
+from udfs.fingerprint import fingerprint
 from udfs.progress import Progress
 from udfs.sampled_ranking import ndcg, ranks
 from udfs.sequences import Ints
@@ -113,7 +114,7 @@ def train(
     ]
     facts = ["alignment", asdict(options), asdict(model.config)]
     others = validation.arrays() if validation else []
-    key = identity(facts, items, pool, *examples.arrays(), *others, *start)
+    key = fingerprint(facts, items, pool, *examples.arrays(), *others, *start)
     return {**epochs.run(whole, optimizer, epoch, options, log, measure, checkpoints, key), "logit_scale": float(scale)}
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -78,15 +75,6 @@ class Examples:
         return np.concatenate([self.positives[:, None], pool[found[:, 1:]]], 1)
 
     def arrays(self) -> list[np.ndarray]:
-        """Everything in them, for `identity`."""
+        """Everything in them, for `fingerprint`."""
         histories = (self.histories, self.seen or self.histories)
         return [self.users, self.positives, *(part for one in histories for part in (one.indptr, one.items))]
-
-
-def identity(facts: Any, *arrays: np.ndarray) -> str:
-    """Hash of what a training is made from: `facts` (JSON) and arrays."""
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for array in arrays:
-        digest.update(json.dumps([str(array.dtype), array.shape]).encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from udfs import epochs
-from udfs.allmrec_examples import AllmrecError, Examples, identity
+from udfs.allmrec_examples import AllmrecError, Examples
 from udfs.allmrec_projections import Config, build
 from udfs.allmrec_reader import Catalogue, Reader
 from udfs.checkpoints import Checkpoints
+from udfs.fingerprint import fingerprint
 from udfs.progress import Progress
 from udfs.sequences import Ints
 
@@ -90,7 +91,7 @@ def train(
 
     shapes = {name: list(parameter.shape) for name, parameter in reader.model.named_parameters()}
     prompts = catalogue.prompts
-    key = identity(
+    key = fingerprint(
         ["reader", asdict(options), asdict(projections.config), asdict(prompts.options), [*prompts.texts], shapes],
         # Enough of the language model to tell it from others.
         reader.embeddings[::101].float().cpu().numpy(),

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from jobs.benchmark.datasets import SPLIT_SEED, data_folder
 from schemas.errors import ColdRefreshError
-from udfs.allmrec_examples import Examples, identity
+from udfs.allmrec_examples import Examples
 from udfs.backbone import Backbone
+from udfs.fingerprint import fingerprint
 from udfs.sampled_ranking import candidates
 from udfs.sequences import PADDING, Ints, Sequences, Split, leave_one_out
 
@@ -34,7 +35,7 @@ class Corpus:
 
     @cached_property
     def digest(self) -> str:
-        return identity([self.titles, self.texts], self.histories.indptr, self.histories.items)
+        return fingerprint([self.titles, self.texts], self.histories.indptr, self.histories.items)
 
 
 @dataclass(frozen=True)

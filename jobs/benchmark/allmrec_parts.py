@@ -34,13 +34,13 @@ from udfs import (
     sampled_ranking,
     sequence_training,
 )
-from udfs.allmrec_examples import identity
 from udfs.allmrec_prompt import DOMAINS, PromptOptions
 from udfs.allmrec_reader import Catalogue, Reader
 from udfs.backbone import Backbone, MatrixBackbone
 from udfs.cf_inputs import CfParams, Pairs
 from udfs.checkpoints import Checkpoints
 from udfs.filterllm_items import FrozenTexts
+from udfs.fingerprint import fingerprint
 from udfs.hashed_words import HashedWords
 from udfs.model_files import ModelFiles, find_model
 from udfs.text_encoder import TextEncoder
@@ -111,7 +111,7 @@ class Parts:
         self, kind: str, made_of: list[Any], under: list[Part], make: Callable[[Checkpoints], dict[str, bytes]]
     ) -> Part:
         facts = [*made_of, *(part.key for part in under)]
-        key = identity([kind, facts])[:16]
+        key = fingerprint([kind, facts])[:16]
         folder, before = self.folder / f"{kind}-{key}", Cost()
         for part in under:
             before += part.cost
@@ -134,7 +134,7 @@ class Parts:
         """The CF model, trained until its validation items are not ranked better any more."""
         kind = options.backbone
         sizes = [options.dimension, options.cf_epochs, options.cf_patience]
-        made_of = [kind, *sizes, self.seed, len(self.corpus.titles), identity([], *self._trained_on())]
+        made_of = [kind, *sizes, self.seed, len(self.corpus.titles), fingerprint([], *self._trained_on())]
 
         def make(checkpoints: Checkpoints) -> dict[str, bytes]:
             if kind in cf_model.ENGINES:
@@ -193,7 +193,7 @@ class Parts:
         corpus = corpus or self.corpus
         widths = {name: hashed_words.width_of(name) for name in options.text_model.split("+")}
         known = [hashed_words.version(w, _TEXT_TOKENS) if w else model_of(name).identity for name, w in widths.items()]
-        made_of = ["+".join(known), _TEXT_TOKENS, identity(corpus.texts)]
+        made_of = ["+".join(known), _TEXT_TOKENS, fingerprint(corpus.texts)]
 
         def make(checkpoints: Checkpoints) -> dict[str, bytes]:
             side_by_side = []
@@ -312,7 +312,7 @@ class Parts:
         made_of = [known, options.user, options.items, options.candidates, options.random_joint]
         made_of += [options.train_users, options.epochs]
         made_of += [options.history, options.title_tokens, options.learning_rate, options.dtype, self.seed]
-        made_of += [self.corpus.name, identity(self.corpus.titles, self.division.text_side)]
+        made_of += [self.corpus.name, fingerprint(self.corpus.titles, self.division.text_side)]
         trained = self._part("reader", made_of, [part], make)
         reader.projections = allmrec_projections.load(trained.files).to(reader.device)
         return reader, joint, trained
@@ -322,7 +322,7 @@ class Parts:
     ) -> tuple[Matrix, Cost]:
         """What `score` gives, [n, 20], kept for the rows that ask the same reader the same; its cost, without the reader's."""
         made_of = [reader.key, options.user, options.items, options.candidates, options.history, options.title_tokens]
-        made_of += [options.dtype, self.corpus.name, identity(titles, *asked)]
+        made_of += [options.dtype, self.corpus.name, fingerprint(titles, *asked)]
 
         def make(checkpoints: Checkpoints) -> dict[str, bytes]:
             return {"likelihoods.safetensors": safetensors.numpy.save({"likelihoods": score()})}

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from jobs.benchmark.kept import Kept
 from jobs.run import log
 from udfs import two_tower
-from udfs.allmrec_examples import identity
+from udfs.fingerprint import fingerprint
 from udfs.judged_pairs import Pairs, recent, training_pairs
 from udfs.judgment import Judge
 from udfs.judgment_training import Options, fine_tune, fit_answer
@@ -85,7 +85,7 @@ def judge(
         folder: where what is done is kept: a judging of hours that was stopped goes on from there (but tunes anew).
     """
     model = Judge(find_model(options.model).directory, dtype=options.dtype, device=options.device)
-    name = identity([asdict(options), list(titles)], indptr, indices, cold, users)[:16]
+    name = fingerprint([asdict(options), list(titles)], indptr, indices, cold, users)[:16]
 
     def kept(part: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return Kept(folder, f"judged-{name}-{part}").once(make) if folder else make()
