@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jobs.lake import Lake
+from jobs.run import log
 from jobs.settings import Settings, load
 from schemas.errors import ColdRefreshError
 
@@ -71,7 +72,7 @@ def main(job: Callable[[], dict[str, Any]]) -> int:
     try:
         summary = job()
     except ColdRefreshError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        log(f"error: {error}")
         return 1
     print(json.dumps(summary, sort_keys=False, default=str), flush=True)
     return 0

@@ -32,7 +32,7 @@ from pyarrow import fs
 
 from jobs import cli
 from jobs.lake import Lake, where
-from jobs.run import STAGES, log
+from jobs.run import KINDS, STAGES, is_run_id, log
 from jobs.settings import SettingsError
 from jobs.staging import Staging
 from schemas.table import table as schema
@@ -75,7 +75,9 @@ def prune(lake: Lake, keep_days: int, now: datetime, *, dry_run: bool = False) -
     since, changed_since = max(published) - timedelta(days=keep_days), now - timedelta(days=keep_days)
     parts = list(_parts(lake))
     finished = {r["run_id"] for r in rows if r["stage"] == STAGES[-1]}
-    staged = {name: Staging(lake.path(f"_staging/{name}")) for name in Staging(lake.path("_staging")).children()}
+    # What has another form of name is not this project's.
+    runs = filter(is_run_id, Staging(lake.path("_staging")).children())
+    staged = {name: Staging(lake.path(f"_staging/{name}")) for name in runs}
     abandoned = [name for name, folder in staged.items() if name not in finished and _changed(folder) < changed_since]
     waiting = set(staged) - set(abandoned)
     said = [json.loads(r["counts"]) for r in rows if r["refresh_date"] >= since or r["run_id"] in waiting]
@@ -109,7 +111,7 @@ def prune(lake: Lake, keep_days: int, now: datetime, *, dry_run: bool = False) -
 
 
 def _parts(lake: Lake) -> Iterator[Part]:
-    for kind in Staging(lake.path("_artifacts")).children():
+    for kind in sorted(KINDS):
         for version in Staging(lake.path(f"_artifacts/{kind}")).children():
             folder = Staging(lake.path(f"_artifacts/{kind}/{version}"))
             yield Part(kind, version, folder, folder.facts() if folder.is_complete() else None)

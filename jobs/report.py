@@ -225,7 +225,8 @@ def _histories(run: Run, users: list[str]) -> dict[str, list[str]]:
         ("weight", "descending"),
         ("item_id", "ascending"),
     ]
-    for row in pa.Table.from_batches(kept).sort_by(order).to_pylist():
+    # Without the times: Python has none before the year 1, which tables may hold.
+    for row in pa.Table.from_batches(kept).sort_by(order).select(["user_id", "item_id"]).to_pylist():
         history = found.setdefault(row["user_id"], [])
         if len(history) < _HISTORY:
             history.append(row["item_id"])

@@ -43,6 +43,10 @@ STAGES = (
 TRAINING_STAGES = STAGES[:4]
 OUTPUTS = ("sampled_interactions", "item_embeddings", "user_embeddings")
 LATE_DAYS = 7  # how long a date that is due can still be measured with its own snapshot
+# Ids and texts come from outside: a terminal would obey what it is only to show.
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+# Kinds of what is trained: the folders under `_artifacts/`.
+KINDS = frozenset({"spaces", "models", "backbones", "alignments", "readers", "checkpoints"})
 _RUN_ID = re.compile(r"[0-9]{8}-[0-9a-f]{12}")
 
 
@@ -68,9 +72,14 @@ def parse_new_run_date(text: str, option: str = "--run-date") -> date:
     return run_date
 
 
+def is_run_id(text: str) -> bool:
+    """`text` is of the form of a run's id."""
+    return _RUN_ID.fullmatch(text) is not None
+
+
 def log(message: str) -> None:
     """One line to stderr; stdout is left to the summary."""
-    print(message, file=sys.stderr, flush=True)
+    print(message.translate(_CONTROLS), file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,7 @@ class Run:
 
     def __post_init__(self) -> None:
         # The id names folders: nothing but this form may reach a path.
-        if not _RUN_ID.fullmatch(self.run_id):
+        if not is_run_id(self.run_id):
             raise ColdRefreshError(f"run id {self.run_id!r} is not of the form YYYYMMDD-<12 hex digits>")
 
     @property
@@ -110,7 +119,9 @@ class Run:
         return Staging(self.lake.path(f"_staging/{self.run_id}/{stage}"))
 
     def artifact(self, kind: str, name: str) -> Staging:
-        """A content-named result that outlives the run: kind `spaces`, `models`, ..."""
+        """A content-named result that outlives the run. Raises ValueError for a kind that is none of KINDS."""
+        if kind not in KINDS:
+            raise ValueError(f"{kind} is none of {sorted(KINDS)}: what nobody knows is never pruned")
         return Staging(self.lake.path(f"_artifacts/{kind}/{name}"))
 
     def trained(self, kind: str) -> list[tuple[date, str, dict[str, Any]]]:

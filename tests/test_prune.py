@@ -122,6 +122,19 @@ def test_what_was_given_up_goes_when_it_is_old(tmp_path: Path) -> None:
     assert [path.exists() for path in (abandoned, training, *old)] == [False] * 4
 
 
+def test_folders_that_are_not_of_this_project_stay(tmp_path: Path) -> None:
+    night(tmp_path, NEWEST)
+    others = [tmp_path / "_staging/other_team", tmp_path / "_artifacts/mlflow/run-7"]
+    for folder in others:
+        folder.mkdir(parents=True)
+        (folder / "file").write_bytes(b"theirs")
+        aged(folder)
+    assert prune.prune(Lake(str(tmp_path)), 60, NOW)["removed"] == {}
+    assert all((folder / "file").exists() for folder in others)
+    with pytest.raises(ValueError, match="mlflow is none of"):
+        staged_night.run_of(tmp_path, NEWEST).artifact("mlflow", "run-8")
+
+
 def test_cached_rows_stay_while_a_kept_night_or_part_names_their_version(tmp_path: Path) -> None:
     lake = Lake(str(tmp_path))
 

@@ -59,7 +59,8 @@ def snapshot_stage(rejected):
             {
                 "user_id": user,
                 "item_id": f"warm-{(u + k) % 8}",
-                "last_time": run.midnight - timedelta(days=k + 1),
+                # In microseconds: the oldest is of long before the year 1, which a table may hold and Python may not.
+                "last_time": int((run.midnight - timedelta(days=k + 1)).timestamp() * 1e6) if k < 6 else -(10**17),
                 "last_seq": None,
                 "weight": 1.0,
             }
