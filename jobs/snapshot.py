@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 from jobs import gates, inputs
@@ -47,7 +48,7 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
 
     Raises:
         ContractError: a column is missing or has the wrong type, a table is empty, or its pinned version is gone.
-        jobs.gates.GateError: the counts do not reconcile, or too much is rejected.
+        jobs.expectations.GateError: the counts do not reconcile, or too much is rejected.
     """
     with inputs.readable(run):
         facts = _stage(run, out)
@@ -89,9 +90,7 @@ def _stage(run: Run, out: Staging) -> dict[str, Any]:
     )
     # In one order whenever it is computed: what ALS adds up in another order differs in the last bits.
     _write(numbered.sortWithinPartitions("user_idx", "item_idx"), out, "training_interactions")
-    together = rejected[0]
-    for more in rejected[1:]:
-        together = together.unionByName(more)
+    together = reduce(lambda one, more: one.unionByName(more), rejected)
     _write(cleaning.listed(together.persist()), out, "rejected_rows")
     spark.catalog.clearCache()
     return _facts(spark, out, rows_in)
@@ -117,15 +116,8 @@ def _label(
         "label", F.when(F.col("interactions") >= warm_interactions, "warm").otherwise("cold")
     )
     hopeless = F.col("content").isNull() & (F.col("interactions") == 0)
-    rejected.append(
-        labelled.where(hopeless).select(
-            F.lit("items").alias("table"),
-            F.col("item_id").alias("key"),
-            F.lit("no_text").alias("reason"),
-            F.lit(None).cast("string").alias("detail"),
-            F.lit(1).cast("bigint").alias("rows"),
-        )
-    )
+    nothing = F.lit(None).cast("string")
+    rejected.append(cleaning.rejects(labelled.where(hopeless), "items", F.col("item_id"), F.lit("no_text"), nothing))
     users = cleaning.number(pairs.groupBy("user_id").agg(F.count("*").alias("interactions")), "user_id", "user_idx")
     return users, cleaning.number(labelled.where(~hopeless), "item_id", "item_idx")
 

@@ -48,9 +48,13 @@ SET_ASIDE = ("after_run_date", "before_window", "held_out", "k_core")
 LISTED = 100_000
 
 
-def _rejects(
+def rejects(
     frame: DataFrame, table: str, key: Column, reason: Column, detail: Column, rows: Column | None = None
 ) -> DataFrame:
+    """Rows of REJECTED from those of `frame`, alike ones added up; `rows`: how many each of them stands for, 1 if None.
+
+    What is counted (SET_ASIDE) has neither key nor detail.
+    """
     from pyspark.sql import functions as F
 
     counted = reason.isin(*SET_ASIDE)
@@ -182,9 +186,9 @@ def clean_items(items: DataFrame, midnight: datetime, prompt: str, max_text_byte
     kept = ranked.where("copy = 1").select("item_id", "title", "content", "text_sha256", "created_at")
     copies = ranked.where("copy > 1")
     same = F.when(F.col("text_sha256").eqNullSafe(F.col("first_sha256")), "the same text").otherwise("another text")
-    rejected = _rejects(
+    rejected = rejects(
         flagged.where("reason is not null"), "items", F.col("item_id"), F.col("reason"), F.col("detail")
-    ).unionByName(_rejects(copies, "items", F.col("item_id"), F.lit("duplicate"), same))
+    ).unionByName(rejects(copies, "items", F.col("item_id"), F.lit("duplicate"), same))
     return kept, rejected
 
 
@@ -257,8 +261,8 @@ def clean_interactions(
     both = F.concat_ws(" ", F.coalesce("user_id", F.lit("(null)")), F.coalesce("item_id", F.lit("(null)")))
     key = F.when(F.col("reason") == "unknown_item", F.col("item_id")).otherwise(both)
     detail = F.when(F.col("reason") == "bad_weight", F.concat(F.lit("weight "), F.col("weight").cast("string")))
-    rejected = _rejects(flagged.where("reason is not null"), "interactions", key, F.col("reason"), detail).unionByName(
-        _rejects(
+    rejected = rejects(flagged.where("reason is not null"), "interactions", key, F.col("reason"), detail).unionByName(
+        rejects(
             pairs.where("rows > events"),
             "interactions",
             both,
@@ -286,7 +290,7 @@ def k_core(pairs: DataFrame, users: int, items: int) -> tuple[DataFrame, DataFra
             break
         before = now
     dropped = pairs.join(kept.select("user_id", "item_id"), ["user_id", "item_id"], "left_anti")
-    return kept, _rejects(
+    return kept, rejects(
         dropped,
         "interactions",
         F.lit(None).cast("string"),
