@@ -88,8 +88,8 @@ def fit(
     )
     found = filterllm_training.train(model, source, items, options, log, checkpoints=Checkpoints(folder), group=group)
     words = {"words": 0, "words_without_held_out": 0}
-    if group.rank == 0:
-        artifact = run.artifact("models", version)
+    artifact = run.artifact("models", version)
+    if group.rank == 0 and not artifact.is_complete():  # unless another run trained it meanwhile
         artifact.clear()
         for name, body in {**filterllm.dump(model), **(lora.dump(encoder) if encoder else {})}.items():
             artifact.write_bytes(name, body)

@@ -95,11 +95,13 @@ def _train(run: Run, identity: dict[str, str]) -> str:
     content = [*identity.values(), run.staging("snapshot").facts()["training_digest"], items, shas]
     version = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     artifact, checkpoints = run.artifact("models", version), run.artifact("checkpoints", version)
-    if not artifact.is_complete():
+    if artifact.is_complete():
+        run.renew("models", version)
+    else:
         found = _fit(run, identity, version)
-        nth = 1 + sum(day == run.run_date for day, _ in _models(run, identity))
-        facts = {**identity, "run_id": run.run_id, "trained_on": run.run_date.isoformat(), "nth": nth, **found}
-        artifact.complete(facts)
+        if not artifact.is_complete():
+            dated = {"run_id": run.run_id, "trained_on": run.run_date.isoformat(), "nth": run.nth("models")}
+            artifact.complete({**identity, **dated, **found})
     # Not before the model is complete: until then a killed run goes on from them.
     checkpoints.clear()
     return version

@@ -8,8 +8,10 @@ import re
 import signal
 import threading
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,9 +23,10 @@ from jobs import filterllm_score, filterllm_train, text_embeddings
 from jobs.filterllm_train import load_model
 from jobs.ray_cluster import ClusterError, require_workers
 from jobs.run import Run, execute
+from jobs.staging import Staging
 from tests.filterllm_night import night, score, train
 from tests.small_lake import RUN_DATE, tables
-from udfs import word_map
+from udfs import filterllm_training, word_map
 from udfs.filterllm import FilterLLMError
 from udfs.ray_training import Journal
 from udfs.vectors import from_column
@@ -114,6 +117,41 @@ def test_a_model_is_kept_until_it_is_stale_and_never_comes_from_the_future(lake:
     assert earlier["trained"]
     assert earlier["model_version"] != first["model_version"]
     assert load_model(night(lake), first["model_version"]).config.users == first["users"]
+
+
+def test_a_model_of_restored_data_is_the_newest_again(lake: Path) -> None:
+    few = {"epochs": 1}
+    versions = []
+    for texts in (None, {"tea-0": "chess pieces"}, None):
+        run = night(lake, texts=texts, filterllm=few)
+        versions.append(train(replace(run, settings=run.settings.training()))["model_version"])
+        next_night = train(night(lake, RUN_DATE + timedelta(days=1), texts=texts, filterllm=few))
+        assert (next_night["model_version"], next_night["trained"]) == (versions[-1], False)
+    assert (versions[0] == versions[2], versions[0] == versions[1]) == (True, False)
+
+
+def test_a_model_that_another_run_trained_meanwhile_is_left_as_it_is(
+    lake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = filterllm_training.train
+
+    def slow(*args: Any, **options: Any) -> Any:
+        monkeypatch.setattr(filterllm_training, "train", fit)
+        train(night(lake, filterllm={"epochs": 2}))
+        monkeypatch.setattr(
+            Staging,
+            "write_bytes",
+            lambda folder, name, body: (
+                pytest.fail(f"{folder.uri} is complete: {name}")
+                if "/models/" in folder.uri
+                else write(folder, name, body)
+            ),
+        )
+        return fit(*args, **options)
+
+    write = Staging.write_bytes
+    monkeypatch.setattr(filterllm_training, "train", slow)
+    assert train(night(lake, filterllm={"epochs": 2}))["trained"] is False
 
 
 def test_only_new_and_changed_items_are_scored(lake: Path) -> None:
