@@ -137,7 +137,8 @@ def _prune(run: Run) -> None:
         if r["stage"] == STAGE
     ]
     finished = [r["run_id"] for r in sorted(rows, key=lambda r: json.loads(r["output_versions"])[TABLE])]
-    for run_id in set(finished[: -run.settings.keep_runs]) - {run.run_id}:
+    present = set(Staging(run.lake.path("_staging")).children())
+    for run_id in (present & set(finished[: -run.settings.keep_runs])) - {run.run_id}:
         Staging(run.lake.path(f"_staging/{run_id}")).clear()
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from jobs import prune, text_embeddings
+from jobs import prune, recommend, text_embeddings
 from jobs.lake import Lake
 from jobs.run import Run
 from jobs.staging import Staging
@@ -133,6 +133,24 @@ def test_folders_that_are_not_of_this_project_stay(tmp_path: Path) -> None:
     assert all((folder / "file").exists() for folder in others)
     with pytest.raises(ValueError, match="mlflow is none of"):
         staged_night.run_of(tmp_path, NEWEST).artifact("mlflow", "run-8")
+
+
+def test_a_run_id_in_runs_names_a_staged_folder_or_nothing(tmp_path: Path) -> None:
+    lake = tmp_path / "lake"
+    victim = tmp_path / "victim/file"
+    victim.parent.mkdir()
+    victim.write_bytes(b"theirs")
+    runs = [staged_night.run_of(lake, NEWEST, number, keep_runs=1) for number in (1, 2, 3)]
+    folders = [staged(run, "shards") for run in runs]
+    for number, run in enumerate(runs):
+        run.record(recommend.STAGE, {}, 1.0, {recommend.TABLE: number})
+    rows = runs[0].lake.read("runs").slice(0, 1)
+    for name in ("../../victim", ""):
+        foreign = rows.set_column(rows.schema.get_field_index("run_id"), "run_id", pa.array([name]))
+        runs[0].lake.commit("runs", foreign, app=f"foreign {name}")
+    recommend._prune(runs[2])
+    assert victim.exists()
+    assert [folder.exists() for folder in folders] == [False, False, True]
 
 
 def test_cached_rows_stay_while_a_kept_night_or_part_names_their_version(tmp_path: Path) -> None:

@@ -121,6 +121,8 @@ def test_every_rejected_row_has_a_reason_and_counts_reconcile(spark: Any, tmp_pa
         ("u3", "a", BEFORE, -1.0),
         ("u4", "a", BEFORE, float("nan")),
         ("u4", "a", BEFORE, float("inf")),
+        ("u5", "a", BEFORE, 1e39),  # no float32
+        ("u5", "a", BEFORE, 1e-46),
     ]
     bad_items = [
         (None, "no id", None, None),
@@ -145,6 +147,7 @@ def test_every_rejected_row_has_a_reason_and_counts_reconcile(spark: Any, tmp_pa
     assert reasons["interactions", None] == ("after_run_date", 1)
     assert reasons["interactions", "u3 a"] == ("bad_weight", 1)
     assert reasons["interactions", "u4 a"] == ("bad_weight", 2)
+    assert reasons["interactions", "u5 a"] == ("bad_weight", 2)
     assert reasons["items", "a"] == ("duplicate", 1)
     assert reasons["items", "empty"] == ("no_text", 1)
     assert reasons["items", "\t\u00a0"] == ("null_id", 1)

@@ -18,7 +18,7 @@ REJECTED = "table string, key string, reason string, detail string, rows bigint"
 REASONS = {
     "null_id": "the user or item id is null, empty or blank",
     "invalid_utf8": "an id or a text holds bytes that are not UTF-8",
-    "bad_weight": "the weight is not a finite number above 0",
+    "bad_weight": "the weight is not a finite number above 0 (or beyond what sums of weights can hold: 1e-30 to 1e30)",
     "unknown_item": "the item is not in the items table (or was itself rejected)",
     "duplicate": "the same event, or the same item id, stands in the table more than once; one row is kept",
     "text_too_long": "the item's text is longer than snapshot.max_text_bytes",
@@ -193,11 +193,11 @@ def clean_items(items: DataFrame, midnight: datetime, prompt: str, max_text_byte
 
 
 def usable_weight() -> Column:
-    """Column `weight` is a finite number above 0; one that is null counts as 1."""
+    """Column `weight` is a number above 0 whose sums float32 can hold; one that is null counts as 1."""
     from pyspark.sql import functions as F
 
     weight = F.coalesce("weight", F.lit(1.0))
-    return ~F.isnan(weight) & (weight > 0) & (weight < float("inf"))
+    return ~F.isnan(weight) & weight.between(1e-30, 1e30)
 
 
 def clean_interactions(
