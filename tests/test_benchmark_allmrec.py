@@ -18,7 +18,7 @@ from jobs.benchmark import allmrec, allmrec_cells, allmrec_data
 from jobs.benchmark.allmrec_rows import ROWS, Options
 from schemas.errors import ColdRefreshError
 from tests import word_llm
-from udfs.sequences import PADDING
+from udfs.sequences import PADDING, Sequences
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -81,7 +81,7 @@ def test_every_row_is_measured_once(
     found = {name: one[0]["all"] for name, one in result["results"]["amazon-games"].items()}
     assert list(found) == [row.name for row in ROWS]
     for name, one in found.items():
-        known = {"all", "warm items", "cold items"}
+        known = {"all", "warm items", "cold items", allmrec_data.SELDOM}
         assert set(one["users"]) == (known if name in ID_MODELS else known | {"cold users"})
         check(one)
     titles = [table["title"] for table in result["tables"]]
@@ -183,6 +183,12 @@ def test_what_is_asked(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts[division.text_side].max() <= counts[~division.text_side].min()
     np.testing.assert_array_equal(asked.groups["cold items"][:-5], division.text_side[truth[:-5]])
     assert counts[truth[asked.groups["warm items"]]].min() >= np.median(counts)
+    of_all = np.bincount(data.histories.items, minlength=ITEMS)
+    few_of_all = of_all[truth[:-5]] <= np.sort(of_all)[int(0.35 * ITEMS) - 1]
+    seldom = asked.groups[allmrec_data.SELDOM][:-5]
+    assert seldom.any()
+    assert (few_of_all | ~seldom).all()
+    assert (seldom | (of_all[truth[:-5]] >= np.sort(of_all)[int(0.35 * ITEMS) - 1])).all()
 
     few = allmrec_data.divide(data, 16, 7, 0, 5)
     assert (few.split.train.lengths > 0).sum() == (few.split.validation != PADDING).sum() == 16
@@ -200,9 +206,15 @@ def test_what_is_trained_finds_the_topic_and_each_weight_is_of_its_own_score(
     data = allmrec_data.read("amazon-beauty")
     division = allmrec_data.divide(data, None, 7, 0, 5)
 
-    def figures(ranker: Any) -> dict[str, float]:
+    def figures(ranker: Any, *, nearest: bool = False) -> dict[str, float]:
         options = Options(
-            ranker=ranker, tuned=False, dimension=16, cf_epochs=60, alignment_epochs=60, text_model=str(shop / "llm")
+            ranker=ranker,
+            tuned=False,
+            dimension=16,
+            cf_epochs=60,
+            alignment_epochs=60,
+            text_model=str(shop / "llm"),
+            nearest=nearest,
         )
         found = allmrec_cells.cell(options, tmp_path, data, division, 7, "all", None)
         assert found is not None
@@ -214,6 +226,16 @@ def test_what_is_trained_finds_the_topic_and_each_weight_is_of_its_own_score(
     for alone, weights in (("stage 1", [1.0, 0.0]), ("text", [0.0, 1.0])):
         monkeypatch.setattr(allmrec_cells.conditional_logit, "fit", lambda scores, weights=weights: np.array(weights))
         assert figures("stage 1 with text") == figures(alone)
+    monkeypatch.setattr(allmrec_cells.conditional_logit, "fit", lambda scores: np.array([0.0, 0.0, 1.0]))
+    assert figures("stage 1 with text", nearest=True) == figures("text", nearest=True)
+
+
+def test_the_nearest_text_of_a_history() -> None:
+    texts = np.array([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]], np.float32)
+    histories = Sequences(np.array([0, 2, 2, 3]), np.array([0, 1, 2]))
+    candidates = np.array([[2, 0], [0, 1], [0, 1]])
+    found = allmrec_cells._nearest(texts, histories, candidates)
+    np.testing.assert_allclose(found, [[0.8, 1.0], [0.0, 0.0], [0.6, 0.8]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("model", ["llm", "words", "llm+words-128"])

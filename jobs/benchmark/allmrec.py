@@ -23,7 +23,7 @@ from typing import Any
 
 from jobs.benchmark import allmrec_data
 from jobs.benchmark.allmrec_cells import METRICS, cell
-from jobs.benchmark.allmrec_data import Corpus
+from jobs.benchmark.allmrec_data import SELDOM, Corpus
 from jobs.benchmark.allmrec_rows import ROWS, SIZES, Options, Row
 from jobs.benchmark.choice import HELP, chosen
 from jobs.benchmark.datasets import SPLIT_SEED
@@ -35,7 +35,7 @@ DATA_SETS = ("amazon-beauty", "amazon-games")
 # Trained on -> asked about.
 ACROSS = {"amazon-games": "amazon-beauty"}
 SCENARIOS = ("all", "few-shot", "cross-domain")
-_GROUPS = ("all", "warm items", "cold items", "cold users")
+_GROUPS = ("all", "warm items", "cold items", SELDOM, "cold users")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

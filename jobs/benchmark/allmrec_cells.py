@@ -85,7 +85,8 @@ def _scores(options: Options, parts: Parts, asked: Questions, other: Corpus | No
         return lambda: parts.division.counts[asked.candidates].astype(np.float32), Cost()
     if options.ranker == "text":
         texts, encoded = parts.texts(options, corpus)
-        return lambda: inner_products(_means(texts, asked.histories), texts, asked.candidates), encoded.cost
+        like = _nearest if options.nearest else _like_the_mean
+        return lambda: like(texts, asked.histories, asked.candidates), encoded.cost
     if options.ranker == "backbone":
         model, trained = parts.backbone(options)
         return lambda: model.score(asked.users, asked.histories, asked.candidates), trained.cost
@@ -106,7 +107,9 @@ def _several(options: Options, parts: Parts, other: Corpus | None) -> tuple[Any,
     kinds: list[Any] = [lambda x, histories, candidates: inner_products(x, decoded, candidates)]
     if options.ranker in _WEIGHED:
         texts, _ = parts.texts(options, other or parts.corpus)
-        kinds.append(lambda x, histories, candidates: inner_products(_means(texts, histories), texts, candidates))
+        kinds.append(lambda x, histories, candidates: _like_the_mean(texts, histories, candidates))
+        if options.nearest:
+            kinds.append(lambda x, histories, candidates: _nearest(texts, histories, candidates))
     read: Any = None
     if options.ranker == "reader with stage 1":
         read, of_reader, _ = _reader(options, parts, other)
@@ -188,9 +191,18 @@ def _joined(options: Options, parts: Parts, other: Corpus | None) -> tuple[Backb
     return SequenceBackbone(backbone.with_items(model.model, decoded)), decoded, joint, part.cost + encoded.cost
 
 
-def _means(texts: Matrix, histories: Sequences) -> Matrix:
-    """[n, width]: the mean of each history's texts; zeros for an empty one."""
+def _like_the_mean(texts: Matrix, histories: Sequences, candidates: Ints) -> Matrix:
+    """[n, 20]: inner products of the mean of each history's texts with the candidates'; 0 for an empty history."""
     found = np.zeros((len(histories), texts.shape[1]), np.float32)
     np.add.at(found, histories.rows, texts[histories.items])
     found /= np.maximum(histories.lengths, 1)[:, None]
+    return inner_products(found, texts, candidates)
+
+
+def _nearest(texts: Matrix, histories: Sequences, candidates: Ints) -> Matrix:
+    """[n, 20]: the highest inner product of a candidate's text with one of the history's; 0 for an empty history."""
+    found = np.zeros(candidates.shape, np.float32)
+    for row in np.flatnonzero(histories.lengths):
+        own = histories.items[histories.indptr[row] : histories.indptr[row + 1]]
+        found[row] = (texts[own] @ texts[candidates[row]].T).max(0)
     return found

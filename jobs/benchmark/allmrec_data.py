@@ -20,6 +20,8 @@ from udfs.sequences import PADDING, Ints, Sequences, Split, leave_one_out
 _NEGATIVES = 19
 # The paper's: cold and warm are the bottom and the top 35 % of the items.
 _SHARE = 0.35
+#: The group of the items with the fewest of all events: those of validation and test count too.
+SELDOM = "cold items by all events"
 # Users whose validation items say which epoch of a training is kept.
 _VALIDATION = 2000
 
@@ -118,7 +120,11 @@ def divide(data: Corpus, few: int | None, seed: int, test_users: int, cold_users
         np.isin(np.arange(len(counts)), ascending[:share]),
         np.isin(np.arange(len(counts)), ascending[-share:]),
     )
-    known = _known(data, split, order[split.test[order] != PADDING], bottom, top, test_users)
+    # By what is trained on, whose cold items are also some that many had afterwards; and by all events.
+    of_all = np.bincount(data.histories.items, minlength=len(counts))
+    seldom = np.isin(np.arange(len(counts)), np.lexsort((rng.permutation(len(counts)), of_all))[:share])
+    items = {"warm items": top, "cold items": bottom, SELDOM: seldom}
+    known = _known(data, split, order[split.test[order] != PADDING], items, test_users)
     if few is None:
         return Division(split, counts, bottom, _behind(known, _cold(data, left_out, test_users)))
     users = np.random.Generator(np.random.Philox(seed)).permutation(np.flatnonzero(split.test != PADDING))[:few]
@@ -129,12 +135,10 @@ def divide(data: Corpus, few: int | None, seed: int, test_users: int, cold_users
     return Division(split, np.bincount(split.train.items, minlength=len(counts)), np.ones(len(counts), np.bool_), asked)
 
 
-def _known(
-    data: Corpus, split: Split, users: Ints, bottom: NDArray[np.bool_], top: NDArray[np.bool_], most: int
-) -> Questions:
-    """The test items of users that are trained on: of each group the first `most` of `users` [n]."""
+def _known(data: Corpus, split: Split, users: Ints, items: dict[str, NDArray[np.bool_]], most: int) -> Questions:
+    """The test items of users that are trained on: all, and of each group of `items` [I]; the first `most` of `users` [n] each."""
     truth = split.test[users]
-    groups = {"all": np.ones(len(users), np.bool_), "warm items": top[truth], "cold items": bottom[truth]}
+    groups = {"all": np.ones(len(users), np.bool_), **{name: held[truth] for name, held in items.items()}}
     first = {name: held & (held.cumsum() <= (most or len(users))) for name, held in groups.items()}
     asked = Questions(users, split.before_test().take(users), _candidates(data, users, truth, SPLIT_SEED), first)
     return asked.of(list(groups))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-#: random; popularity; the CF model's own score; text: mean of the history's texts . the candidate's; stage 1: x_u . f_I^dec of
-#: the joint vector; with text: both; reader: the language model's likelihood of the title; reader with stage 1: all three. Several
-#: are weighed by the validation items.
+#: random; popularity; the CF model's own score; text: mean of the history's texts . the candidate's (`nearest`: the highest of
+#: them instead); stage 1: x_u . f_I^dec of the joint vector; with text: both (`nearest`: beside the mean); reader: the language
+#: model's likelihood of the title; reader with stage 1: all of them. Several are weighed by the validation items.
 Ranker = Literal[
     "random", "popularity", "backbone", "text", "stage 1", "stage 1 with text", "reader", "reader with stage 1"
 ]
@@ -29,6 +29,7 @@ class Options:
     items: bool = True
     candidates: bool = True  # the prompt names them
     random_joint: bool = False
+    nearest: bool = False  # how like the most similar text of the history a candidate's is
 
     test_users: int = 1000  # of a column at most; 0: all
     cold_users: int = 1000  # left out of training; at most a tenth of the users
@@ -98,6 +99,7 @@ ROWS = (
     Row("LLM only, candidates not named", {"ranker": "reader", "user": False, "items": False, "candidates": False}),
     Row("text encoder only", {"ranker": "text"}),
     Row("text encoder only, MiniLM + words", {"ranker": "text", "text_model": "minilm+words"}),
+    Row("text encoder only, MiniLM + words, nearest", {"ranker": "text", "text_model": "minilm+words", "nearest": True}),
     Row("stage 1 only", {"ranker": "stage 1"}),
     Row("stage 1 only, frozen encoder", _STAGE_1),
     *(Row(f"stage 1 only, frozen encoder, {name}", {**_STAGE_1, **changes}) for name, changes in _ABLATIONS.items()),
@@ -106,6 +108,10 @@ ROWS = (
     Row("stage 1 only, MiniLM + words, text taught to rank", {"ranker": "stage 1", **_TAUGHT}),
     # What the second stage has to beat: no language model reads the titles, their vectors are compared.
     Row("stage 1 with text, MiniLM + words, text taught to rank", {"ranker": "stage 1 with text", **_TAUGHT}),
+    Row(
+        "stage 1 with text, MiniLM + words, nearest, text taught to rank",
+        {"ranker": "stage 1 with text", "nearest": True, **_TAUGHT},
+    ),
     Row(
         "LLM only, candidates not named, beside stage 1 with text, MiniLM + words",
         {"ranker": "reader with stage 1", "user": False, "items": False, "candidates": False, **_TAUGHT},
