@@ -7,11 +7,20 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import (
+    AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from tests import word_llm
 from tests.killed import Killed, kill_at
@@ -121,6 +130,43 @@ def test_likelihoods_are_those_of_one_title_at_a_time(small: Path, side: str, ba
                 np.testing.assert_allclose(found, exact, atol=2e-4)
         loss = float(reader.loss(catalogue, users, histories, candidates).detach())
         assert loss == pytest.approx(-np.concatenate([row[0] for row in expected]).mean(), abs=1e-4)
+
+
+def _other(folder: Path, base: Path, model: Any) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        if weight.ndim == 2:
+            weight.data.normal_(std=0.2, generator=generator)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("window", [16, 256])
+@pytest.mark.parametrize("kind", ["mistral", "gemma2"])
+def test_a_model_with_sliding_windows_reads_as_transformers_has_it(
+    kind: str, window: int, small: Path, tmp_path: Path
+) -> None:
+    sizes = {
+        "vocab_size": len(AutoTokenizer.from_pretrained(small)), "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+        "sliding_window": window, "bos_token_id": 0, "eos_token_id": None, "pad_token_id": None,
+    }  # fmt: skip
+    of = {"mistral": lambda: MistralForCausalLM(MistralConfig(**sizes)),
+          "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**sizes, head_dim=16))}  # fmt: skip
+    reader = untrained(_other(tmp_path, small, of[kind]()))
+    users, histories, candidates = asked()
+    catalogue = reader.catalogue(TITLES, JOINTS)
+    exact = [[answer.mean() for answer in row] for row in oracle(reader, catalogue, users, histories, candidates)]
+    assert np.std(exact) > 0.1
+    np.testing.assert_allclose(reader.score(catalogue, users, histories, candidates), exact, atol=2e-4)
+
+
+def test_a_model_that_takes_no_positions_is_refused(small: Path, tmp_path: Path) -> None:
+    size = len(AutoTokenizer.from_pretrained(small))
+    config = BloomConfig(vocab_size=size, hidden_size=64, n_layer=1, n_head=4, bos_token_id=0, eos_token_id=None)
+    with pytest.raises(ModelError, match=r"takes no positions \(bloom\)"):
+        Reader(_other(tmp_path, small, BloomForCausalLM(config)))
 
 
 def test_smollm2_reads_soft_tokens_as_transformers_has_it():

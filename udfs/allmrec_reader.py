@@ -12,6 +12,7 @@ Batches, the side of padding and the order of candidates change only how sums ar
 from __future__ import annotations
 
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,7 +62,7 @@ class Reader:
                 result does not depend on it (beyond rounding).
 
         Raises:
-            ModelError: the files cannot be loaded, or are no causal language model with its head.
+            ModelError: the files cannot be loaded, or are no causal language model with its head, or it takes no positions.
             AllmrecError: the projections are of another width.
         """
         safe: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
@@ -78,6 +79,11 @@ class Reader:
             raise ModelError(
                 f"the model in {directory} is no whole causal language model: it lacks {sorted(facts['missing_keys'])}"
             )
+        if "position_ids" not in signature(self.model.forward).parameters:
+            raise ModelError(
+                f"the model in {directory} takes no positions ({self.model.config.model_type}): choose another"
+            )
+        self._window: int | None = _window(self.model.config.get_text_config())
         self.model.requires_grad_(False).eval().to(device)
         self.embeddings: torch.Tensor = self.model.get_input_embeddings().weight
         self.width: int = self.embeddings.shape[1]
@@ -135,14 +141,18 @@ class Reader:
             users, candidates: as in `loss`, in any order of a row.
             normalise: divided by the number of tokens, so that long titles are not at a disadvantage; otherwise the sum,
                 under which the title that the model would most likely write comes first.
-            share_prefix: False runs prompt and title together for each candidate: the same, slower.
+            share_prefix: False runs prompt and title together for each candidate: the same, slower. So does a model with sliding
+                windows whose prompts are longer than these: what titles see side by side is then more than a mask can say.
 
         Raises:
             AllmrecError: a prompt has more tokens than the model reads.
         """
         found = np.empty(candidates.shape, np.float32)
-        if share_prefix:
-            found = self._sums(catalogue, users, self._prompts(catalogue, histories, candidates), candidates)
+        prompts = self._prompts(catalogue, histories, candidates)
+        answer = max((len(catalogue.prompts.answer(item)) for item in np.unique(candidates).tolist()), default=0)
+        longest = answer + max((len(prompt.tokens) for prompt in prompts), default=0)
+        if share_prefix and (self._window is None or longest <= self._window):
+            found = self._sums(catalogue, users, prompts, candidates)
         else:
             for row, column in np.ndindex(candidates.shape):
                 one = np.array([row])
@@ -332,6 +342,16 @@ class Reader:
                 f"a prompt with its answer has {tokens} tokens, the model reads {limit}: lower history or title_tokens of the "
                 "prompt, or give fewer candidates"
             )
+
+
+def _window(config: Any) -> int | None:
+    """How many tokens back the layers with the shortest sight see; None: all of them see all."""
+    layers = getattr(config, "layer_types", None)
+    if layers is not None and not any(kind != "full_attention" for kind in layers):
+        return None
+    if not getattr(config, "use_sliding_window", True):
+        return None
+    return getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
 
 
 def _list(value: int | list[int] | None) -> list[int]:
