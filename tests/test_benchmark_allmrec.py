@@ -7,6 +7,7 @@ import gc
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from jobs.benchmark import allmrec, allmrec_cells, allmrec_data
+from jobs.benchmark import allmrec, allmrec_cells, allmrec_data, allmrec_parts
+from jobs.benchmark.allmrec_parts import Parts
 from jobs.benchmark.allmrec_rows import ROWS, Options
 from schemas.errors import ColdRefreshError
 from tests import word_llm
@@ -253,3 +255,70 @@ def test_the_text_encoder_finds_the_topic(
     assert found is not None
     assert floor is not None
     assert found["figures"]["all NDCG@10"] > floor["figures"]["all NDCG@10"] + 0.2
+
+
+def _parts(shop: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, name: str = "amazon-beauty") -> Parts:
+    monkeypatch.setenv("COLD_REFRESH_DATA", str(shop))
+    data = allmrec_data.read(name)
+    return Parts(folder, data, allmrec_data.divide(data, None, 7, 0, 5), 7, "all")
+
+
+def _options(shop: Path, row: str) -> Options:
+    sizes = {"dimension": 8, "cf_epochs": 2, "alignment_epochs": 1, "epochs": 1, "train_users": 4, "history": 3}
+    base = Options(**sizes, model=str(shop / "llm"), text_model=str(shop / "llm"))
+    return replace(next(one for one in ROWS if one.name == row).options(base), tuned=False)
+
+
+def test_what_a_row_names_reaches_the_training(shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, seen = allmrec_parts.allmrec_alignment_training.train, []
+
+    def spy(joint: Any, texts: Any, items: Any, data: Any, pool: Any, how: Any, *given: Any, **options: Any) -> Any:
+        seen.append((joint.config.deep, how))
+        return train(joint, texts, items, data, pool, how, *given, **options)
+
+    monkeypatch.setattr(allmrec_parts.allmrec_alignment_training, "train", spy)
+    rows = (
+        "A-LLMRec",
+        "deep alignment",
+        "without match",
+        "without reconstruction",
+        "without recommendation loss",
+        "InfoNCE",
+    )
+    for name in allmrec.DATA_SETS:
+        for row in rows:
+            _parts(shop, tmp_path / name, monkeypatch, name).alignment(_options(shop, row))
+    for name, found in zip(allmrec.DATA_SETS, (seen[: len(rows)], seen[len(rows) :]), strict=True):
+        beta = {"amazon-beauty": 0.2}.get(name, 0.5)  # the paper's
+        weights = [how.weights for _, how in found]
+        assert [(w.alpha, w.beta) for w in weights] == [(0.5, beta)] * 3 + [(0, 0)] + [(0.5, beta)] * 2
+        assert [w.match for w in weights] == ["mse", "mse", "none", "mse", "mse", "infonce"]
+        assert [w.recommendation for w in weights] == [1, 1, 1, 1, 0, 1]
+        assert [deep for deep, _ in found] == [False, True, False, False, False, False]
+        of_deep = found[1][1]
+        assert (of_deep.optimizer, of_deep.learning_rate, of_deep.weight_decay) == ("adamw", 3e-4, 0.1)
+
+
+def test_texts_stand_for_cold_items_random_vectors_for_all_and_texts_for_another_domain(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = _parts(shop, tmp_path, monkeypatch)
+    options = _options(shop, "A-LLMRec")
+    alignment, joint, _, _ = parts.joint(options)
+    model, _ = parts.backbone(options)
+    texts, _ = parts.texts(options)
+    cold = parts.division.text_side
+    of_cf = alignment.joint(model.items, texts, np.zeros(ITEMS, np.bool_))
+    of_text = alignment.joint(np.zeros_like(model.items), texts, np.ones(ITEMS, np.bool_))
+    np.testing.assert_allclose(joint, np.where(cold[:, None], of_text, of_cf), atol=1e-6)
+    assert not np.allclose(of_cf, of_text, atol=1e-2)
+
+    np.testing.assert_array_equal(parts.reader(options)[1], joint)
+    shuffled = parts.reader(_options(shop, "random joint item"))[1]
+    assert not np.isclose(shuffled, joint, atol=1e-3).all(1).any()
+
+    other = allmrec_data.read("amazon-games")
+    other = replace(other, titles=other.titles[:30], texts=other.texts[::-1][:30])
+    across, decoded, _, _ = allmrec_cells._joined(options, parts, other)
+    assert decoded.shape == (30, 8)
+    np.testing.assert_array_equal(across.items, decoded)
