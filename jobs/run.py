@@ -151,7 +151,7 @@ class Run:
     def renew(self, kind: str, version: str) -> None:
         """Let a complete artifact of this date be its newest: what was trained since was trained on data that are gone again."""
         artifact, nth = self.artifact(kind, version), self.nth(kind)
-        if artifact.facts()["nth"] < nth - 1:
+        if artifact.facts().get("nth", 0) < nth - 1:
             artifact.complete({**artifact.facts(), "nth": nth})
 
     def record(self, stage: str, counts: dict[str, Any], seconds: float, output_versions: dict[str, int]) -> None:
