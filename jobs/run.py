@@ -46,7 +46,7 @@ LATE_DAYS = 7  # how long a date that is due can still be measured with its own 
 # Ids and texts come from outside: a terminal would obey what it is only to show.
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 # Kinds of what is trained: the folders under `_artifacts/`.
-KINDS = frozenset({"spaces", "models", "backbones", "alignments", "readers", "checkpoints"})
+KINDS = frozenset({"spaces", "models", "backbones", "alignments", "readers", "reader_weights", "checkpoints"})
 _RUN_ID = re.compile(r"[0-9]{8}-[0-9a-f]{12}")
 
 

@@ -137,7 +137,7 @@ def test_a_model_that_another_run_trained_meanwhile_is_left_as_it_is(
 
     def slow(*args: Any, **options: Any) -> Any:
         monkeypatch.setattr(filterllm_training, "train", fit)
-        train(night(lake, filterllm={"epochs": 2}))
+        train(night(lake, filterllm={"epochs": 3}))
         monkeypatch.setattr(
             Staging,
             "write_bytes",
@@ -151,7 +151,7 @@ def test_a_model_that_another_run_trained_meanwhile_is_left_as_it_is(
 
     write = Staging.write_bytes
     monkeypatch.setattr(filterllm_training, "train", slow)
-    assert train(night(lake, filterllm={"epochs": 2}))["trained"] is False
+    assert train(night(lake, filterllm={"epochs": 3}))["trained"] is False
 
 
 def test_only_new_and_changed_items_are_scored(lake: Path) -> None:
