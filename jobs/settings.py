@@ -258,6 +258,7 @@ class Spark(_Section):
     )
 
 
+# Into what pieces work is cut, on what device it runs, and what only checks: no other result comes of these (`Settings.digest`).
 _DECIDES_NOTHING = {
     "text": ("shard_texts", "sha256"),
     "cf": ("device",),

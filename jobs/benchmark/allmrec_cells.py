@@ -101,8 +101,9 @@ def _scores(options: Options, parts: Parts, asked: Questions, other: Corpus | No
 
 
 def _several(options: Options, parts: Parts, other: Corpus | None) -> tuple[Any, Cost, Any]:
-    """A function of (x_u, histories, candidates) that gives the row's scores, one [n, 20] each: of the first stage, of texts
-    that are like the history's, and of the language model, and their cost; the cost before; and a function that gives x_u."""
+    """A function of (x_u, histories, candidates) that gives the row's scores, one [n, 20] each: of the first stage, of how like
+    the history's texts the candidates' are (their mean, and the nearest), and of the language model, and their cost; the cost
+    before; and a function that gives x_u."""
     model, decoded, _, cost = _joined(options, parts, other)
     kinds: list[Any] = [lambda x, histories, candidates: inner_products(x, decoded, candidates)]
     if options.ranker in _WEIGHED:
@@ -135,7 +136,8 @@ def _weights(options: Options, parts: Parts) -> tuple[Matrix, Cost]:
     several, _, _ = _several(options, parts, None)
     found, cost = several(asked.users, asked.histories, candidates)
     weights = conditional_logit.fit(found)
-    log(f"[benchmark] weights of stage 1, text and language model, as far as there are: {weights.round(4).tolist()}")
+    named = "stage 1, the mean and the nearest of the texts, and the language model"
+    log(f"[benchmark] weights of {named}, as far as there are: {weights.round(4).tolist()}")
     return weights.astype(np.float32), cost
 
 
