@@ -49,16 +49,13 @@ def conf_digest(section: BaseModel, seed: int, without: Any = None) -> str:
 
 
 def newest(run: Run, kind: str, identity: dict[str, str], days: int | None = None) -> str | None:
-    """The newest complete part of this identity, trained on the run date or before (less than `days` days ago); none that was
-    trained before the training run (--train) of its date: what it learnt from may have been mended for that.
+    """The newest part of this identity that the run may choose (see Run.trained): what was trained before the training run
+    (--train) of its date learnt from what may have been mended for that. days: it is less than so many old.
     """
-    trainings = run.trainings()
     found = [
         version
         for day, version, facts in run.trained(kind)
-        if (not days or (run.run_date - day).days < days)
-        and identity.items() <= facts.items()
-        and facts.get("training") == trainings.get(day)
+        if (not days or (run.run_date - day).days < days) and identity.items() <= facts.items()
     ]
     return found[-1] if found else None
 

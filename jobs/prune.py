@@ -41,8 +41,8 @@ from udfs.filesystems import located
 # What can be computed again; a table's partition is one version.
 _CACHES = ("text_embeddings", "item_scores")
 _CACHE_HOURS = 7 * 24
-# A space stands on its own once it is rotated onto the one before.
-_NOT_BUILT_ON = {"aligned_to"}
+# A space stands on its own once it is rotated onto the one before; what a run could have chosen is more than what it used.
+_NOT_USED = {"aligned_to", "known"}
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _kept(parts: list[Part], said: list[Any], since: date, changed_since: dateti
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """All strings in JSON, but those that say what a space was rotated onto."""
+    """All strings in JSON, but those under a key of _NOT_USED."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):
@@ -141,7 +141,7 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(one)
     elif isinstance(value, dict):
         for key, one in value.items():
-            if key not in _NOT_BUILT_ON:
+            if key not in _NOT_USED:
                 yield from _strings(one)
 
 

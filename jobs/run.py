@@ -1,9 +1,10 @@
 """One run: settings, a run date, the pinned versions of the input tables, and where its stages leave their results.
 
-The first row of a run in `runs` (stage `open`) pins the input versions. A run that is started again goes on with that row
-as long as it is not finished, so every stage, in whatever process, reads the same tables. Only where a contract or a gate
-refused what it read, and the tables have been mended since, or where a pinned version is not there any more (cleaned up, or of
-a table that was made anew), it is given up for a new one.
+The first row of a run in `runs` (stage `open`) pins the input versions, and which trained spaces and models there are to
+choose from. A run that is started again goes on with that row as long as it is not finished, so every stage, in whatever
+process, reads the same tables and takes the same model, though another was trained meanwhile. Only where a contract or a gate
+refused what it read, and the tables have been mended or a model was trained since, or where a pinned version is not there any
+more (cleaned up, or of a table that was made anew), it is given up for a new one.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ LATE_DAYS = 7  # how long a date that is due can still be measured with its own 
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 # Kinds of what is trained: the folders under `_artifacts/`.
 KINDS = frozenset({"spaces", "models", "backbones", "alignments", "readers", "reader_weights", "checkpoints"})
+# Of these, what a night chooses from: the parts of a reader are for its published vectors.
+_CHOSEN = ("spaces", "models", "backbones", "alignments")
 _RUN_ID = re.compile(r"[0-9]{8}-[0-9a-f]{12}")
 
 
@@ -94,6 +97,8 @@ class Run:
     conf_hash: str
     # Of the input tables, where the run is to know its own again.
     table_ids: dict[str, str] = field(default_factory=dict)
+    # Kind -> versions of the artifacts that it chooses from beside its own, in the order of `trained`; of other kinds, all.
+    known: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # The id names folders: nothing but this form may reach a path.
@@ -125,8 +130,22 @@ class Run:
         return Staging(self.lake.path(f"_artifacts/{kind}/{name}"))
 
     def trained(self, kind: str) -> list[tuple[date, str, dict[str, Any]]]:
-        """(trained_on, version, facts) of the complete artifacts of `kind` up to the run date, oldest first; those of one date in
-        the order in which they were trained, where their facts say it."""
+        """(trained_on, version, facts) of the artifacts of `kind` that the run may choose: complete and up to its date, oldest
+        first; those of one date in the order in which they were trained, where their facts say it. What was superseded is left
+        out: a part that was trained before the training run of its date, if its facts (`training`) know of such runs.
+        """
+        found = self._complete(kind)
+        if kind in self.known:
+            place = {version: at for at, version in enumerate(self.known[kind])}
+            found = [one for one in found if one[1] in place or one[2]["run_id"] == self.run_id]
+            return sorted(found, key=lambda one: place.get(one[1], len(place)))
+        if any("training" in facts for _, _, facts in found):
+            trainings = self.trainings()
+            found = [one for one in found if one[2].get("training", ...) in (..., trainings.get(one[0]))]
+        return found
+
+    def _complete(self, kind: str) -> list[tuple[date, str, dict[str, Any]]]:
+        """All complete artifacts up to the run date, as `trained` orders them."""
         found = []
         for name in Staging(self.lake.path(f"_artifacts/{kind}")).children():
             artifact = self.artifact(kind, name)
@@ -137,6 +156,14 @@ class Run:
                     found.append((trained_on, name, facts))
         return sorted(found, key=lambda one: (one[0], one[2].get("nth", 0), one[1]))
 
+    def trained_since(self) -> bool:
+        """Another run has trained since this one was opened: one that is opened now would choose from others."""
+        now = replace(self, known={})
+        return any(
+            [version for _, version, _ in now.trained(kind)] != [version for _, version, _ in self.trained(kind)]
+            for kind in self.known
+        )
+
     def trainings(self) -> dict[date, str]:
         """Date -> id of its newest finished training run."""
         rows = self.lake.read("runs", columns=["refresh_date", "run_id", "sequence", "stage"]).to_pylist()
@@ -145,8 +172,14 @@ class Run:
         return {row["refresh_date"]: row["run_id"] for row in sorted(begun, key=lambda row: row["sequence"])}
 
     def nth(self, kind: str) -> int:
-        """The number of an artifact of `kind` that is trained on this date now: the newest of a date has the highest."""
-        return 1 + max((facts.get("nth", 0) for day, _, facts in self.trained(kind) if day == self.run_date), default=0)
+        """The number of an artifact of `kind` that is trained on this date now: the newest of a date has the highest. 0 where
+        another run has trained on this date since this one was opened: what that one read is newer.
+        """
+        known = self.known.get(kind, ())
+        of_date = [(version, facts) for day, version, facts in self._complete(kind) if day == self.run_date]
+        if kind in self.known and any(v not in known and facts["run_id"] != self.run_id for v, facts in of_date):
+            return 0
+        return 1 + max((facts.get("nth", 0) for _, facts in of_date), default=0)
 
     def renew(self, kind: str, version: str) -> None:
         """Let a complete artifact of this date be its newest: what was trained since was trained on data that are gone again."""
@@ -215,8 +248,9 @@ def find_run(settings: Settings, run_date: date, *, training: bool = False) -> t
     """The run of `run_date` to go on with, if there is one, and the new one that would be opened otherwise.
 
     A run is gone on with if it was begun with these settings and this code and its input tables have not changed since, or
-    if it is neither finished nor refused and the versions that it pinned are there still. Training runs and refreshes of a
-    date do not see each other: a refresh that was killed is gone on with although a training run was opened since.
+    if it is neither finished nor refused and the versions that it pinned are there still. One that was refused is not gone on
+    with once another run has trained, either. Training runs and refreshes of a date do not see each other: a refresh that was
+    killed is gone on with although a training run was opened since.
 
     Raises:
         jobs.lake.LakeError: an input table is missing.
@@ -229,10 +263,13 @@ def find_run(settings: Settings, run_date: date, *, training: bool = False) -> t
     (begins,) = lake.sequences("runs", [_app(_opening(training), run_date)])
     existing, sequence = _begun(settings, run_date, training=training)
     sequence = max(sequence + 1, begins)
-    if existing is not None and (existing.input_versions, existing.table_ids) != (current, ids):
+    if existing is not None:
         last = TRAINING_STAGES[-1] if training else STAGES[-1]
-        if last in existing.recorded() or existing.refused() or not _pinned(existing):
-            existing = None
+        if (existing.input_versions, existing.table_ids) != (current, ids):
+            given_up = last in existing.recorded() or existing.refused() or not _pinned(existing)
+        else:
+            given_up = existing.refused() and existing.trained_since()
+        existing = None if given_up else existing
     opening, conf_hash = _opening(training), settings.digest()
     facts = json.dumps([opening, run_date.isoformat(), conf_hash, code_version(), current, sequence], sort_keys=True)
     run_id = f"{run_date:%Y%m%d}-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
@@ -288,13 +325,15 @@ def _begun(settings: Settings, run_date: date, *, training: bool) -> tuple[Run |
         return None, 0
     if (begun["conf_hash"], begun["code_version"]) != (settings.digest(), code_version()):
         return None, begun["sequence"]
-    pinned, ids = json.loads(begun["input_versions"]), json.loads(begun["counts"])["table_ids"]
-    run = Run(settings, run_date, begun["run_id"], begun["sequence"], pinned, begun["conf_hash"], ids)
+    pinned, opened = json.loads(begun["input_versions"]), json.loads(begun["counts"])
+    more = (opened["table_ids"], opened.get("known", {}))
+    run = Run(settings, run_date, begun["run_id"], begun["sequence"], pinned, begun["conf_hash"], *more)
     return run, run.sequence
 
 
 def open_run(settings: Settings, run_date: date, *, training: bool = False) -> Run:
-    """The run of `run_date` to go on with (see `find_run`), or a new one, whose input versions are pinned in `runs`.
+    """The run of `run_date` to go on with (see `find_run`), or a new one, whose input versions and models
+    to choose from are pinned in `runs`.
 
     Raises:
         jobs.lake.LakeError: an input table is missing.
@@ -303,9 +342,10 @@ def open_run(settings: Settings, run_date: date, *, training: bool = False) -> R
         existing, new = find_run(settings, run_date, training=training)
         if existing is not None:
             return existing
+        known = {kind: [version for _, version, _ in new.trained(kind)] for kind in _CHOSEN}
         # Two drivers that start at once agree through this transaction: one row wins, and the other reads it.
         opening = _opening(training)
-        row = _row(new, opening, "started", {"table_ids": new.table_ids}, 0.0, {})
+        row = _row(new, opening, "started", {"table_ids": new.table_ids, "known": known}, 0.0, {})
         app, lineage = _app(opening, run_date), {"run_id": new.run_id}
         new.lake.commit("runs", row, app=app, sequence=new.sequence, lineage=lineage)
 

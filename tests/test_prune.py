@@ -69,7 +69,7 @@ def test_what_the_newest_nights_use_and_what_that_stands_on_stays(tmp_path: Path
     artifact(tmp_path, "spaces", "staged", "2026-02-03")
     artifact(tmp_path, "spaces", "young", "2026-06-01")
     night(tmp_path, date(2026, 1, 2), space_version="old", model_version="of-old")
-    night(tmp_path, NEWEST, model_version=None, weights={"version": "reader"})
+    night(tmp_path, NEWEST, model_version=None, weights={"version": "reader"}, known={"spaces": ["old", "used"]})
     kept = night(tmp_path, date(2026, 3, 1), 2)
     staged(kept, "cf", space_version="staged")
     lake, before = Lake(str(tmp_path)), versions(tmp_path)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
 from jobs.cold_refresh import plan, refresh
-from jobs.run import STAGES, begun_run, execute, find_run, open_run
+from jobs.run import STAGES, Run, begun_run, execute, find_run, open_run
 from jobs.settings import SettingsError, load
 from tests.small_lake import SmallLake
 
@@ -80,3 +81,41 @@ def test_what_was_removed_is_computed_again_until_the_run_is_finished(small_lake
     run.record(STAGES[-1], {}, 0.0, {})
     run.staging("snapshot").clear()
     assert set(run.done(STAGES[-1])) == {"snapshot", STAGES[-1]}
+
+
+def _train(run: Run, version: str) -> None:
+    """Leave a space, as stage cf of `run` would."""
+    facts = {"trained_on": run.run_date.isoformat(), "run_id": run.run_id, "nth": run.nth("spaces")}
+    run.artifact("spaces", version).complete(facts)
+
+
+def _spaces(run: Run) -> list[str]:
+    return [version for _, version, _ in run.trained("spaces")]
+
+
+def test_a_run_that_is_started_again_chooses_from_what_was_trained_when_it_was_opened(small_lake: SmallLake) -> None:
+    settings, day = load(small_lake.conf), small_lake.run_date
+    _train(open_run(settings, day - timedelta(days=1)), "before")
+    night = open_run(settings, day)
+    training = open_run(settings.training(), day, training=True)
+    _train(training, "meanwhile")
+    again = open_run(settings, day)
+    assert again == night
+    assert _spaces(again) == _spaces(begun_run(settings, day)) == ["before"]
+    assert _spaces(training) == ["before", "meanwhile"]
+    # What it trains itself is chosen too, and does not outdo for later nights what was trained on newer data.
+    _train(again, "alone")
+    assert _spaces(open_run(settings, day)) == ["before", "alone"]
+    assert _spaces(open_run(settings, day + timedelta(days=1))) == ["before", "alone", "meanwhile"]
+
+
+def test_a_refused_run_is_given_up_once_another_run_has_trained(small_lake: SmallLake) -> None:
+    settings, day = load(small_lake.conf), small_lake.run_date
+    night = open_run(settings, day)
+    _train(night, "refused")
+    night.staging("gates").refuse("a space unlike the one before")
+    assert open_run(settings, day) == night  # it alone has trained
+    _train(open_run(settings.training(), day, training=True), "mended")
+    anew = open_run(settings, day)
+    assert anew.run_id != night.run_id
+    assert _spaces(anew) == ["refused", "mended"]
