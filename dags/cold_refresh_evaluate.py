@@ -10,7 +10,6 @@ staged snapshots have been kept for that. By hand, as of a day:
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import cold_refresh_commands as commands
@@ -20,25 +19,17 @@ from airflow.sdk.exceptions import AirflowSkipException
 
 @dag(
     schedule=CronDataIntervalTimetable("0 6 * * *", timezone="UTC"),
-    start_date=datetime(2017, 1, 1, tzinfo=UTC),
-    catchup=False,
-    max_active_runs=1,
-    default_args={
-        "retries": 1,
-        "retry_delay": timedelta(minutes=15),
-        "execution_timeout": timedelta(hours=2),
-    },
+    default_args=commands.tasks(retries=1, minutes=15, hours=2),
     params={"due": commands.date_param("the day (YYYY-MM-DD) on which a date is due, and not the interval's end")},
-    tags=["cold-refresh"],
-    doc_md=__doc__,
+    **commands.common(__doc__),
 )
 def cold_refresh_evaluate() -> None:
-    @task.bash
+    @task.bash(skip_on_exit_code=commands.FINAL)
     def evaluate(params: Any = None, data_interval_start: Any = None) -> str:
-        day = commands.run_date({"run_date": params["due"]}, data_interval_start, days=1)
+        day = commands.run_date(params, data_interval_start, days=1, name="due")
         return commands.job("evaluate", "--due", day)
 
-    @task.bash(do_xcom_push=False)
+    @task.bash(do_xcom_push=False, skip_on_exit_code=commands.FINAL)
     def report(summary: str) -> str:
         found = json.loads(summary)
         if not found["measured"]:

@@ -8,7 +8,6 @@ dates of the output tables are their owner's. By hand, for what was trained in t
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import cold_refresh_commands as commands
@@ -17,23 +16,15 @@ from airflow.sdk import CronDataIntervalTimetable, Param, dag, task
 
 @dag(
     schedule=CronDataIntervalTimetable("0 12 * * 0", timezone="UTC"),
-    start_date=datetime(2017, 1, 1, tzinfo=UTC),
-    catchup=False,
-    max_active_runs=1,
-    default_args={
-        "retries": 1,
-        "retry_delay": timedelta(minutes=15),
-        "execution_timeout": timedelta(hours=2),
-    },
+    default_args=commands.tasks(retries=1, minutes=15, hours=2),
     params={
         "keep_days": Param(70, type="integer", minimum=1, description="days before the newest published night"),
         "lake": Param(None, type=["null", "string"], description="of this lake; COLD_REFRESH_LAKE by default"),
     },
-    tags=["cold-refresh"],
-    doc_md=__doc__,
+    **commands.common(__doc__),
 )
 def cold_refresh_prune() -> None:
-    @task.bash(do_xcom_push=False)
+    @task.bash(do_xcom_push=False, skip_on_exit_code=commands.FINAL)
     def prune(params: Any = None) -> str:
         lake = params["lake"] or commands.lake()
         return commands.python("-m", "jobs.prune", "--lake", lake, "--keep-days", str(params["keep_days"]))

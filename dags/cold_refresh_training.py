@@ -2,12 +2,16 @@
 
 It runs on Saturdays at noon with that Saturday as --run-date, on what was known at midnight; the next night finds its
 space and model and uses them. The nightly run trains by itself only when this one did not come: `retrain_days`
-(jobs/settings.py) is a day more than a week.
+(jobs/settings.py) is two days more than a week.
+
+Triggered by hand it trains for last Saturday again, which nights that have a younger space or model do not take up. So that
+the next night does, name tomorrow's date or today's:
+
+    airflow dags trigger cold_refresh_training --conf '{"run_date": "2026-01-07"}'
 """
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import cold_refresh_commands as commands
@@ -18,21 +22,12 @@ STAGES = ("snapshot", "text_embeddings", "cf", "filterllm_train")
 
 @dag(
     schedule=CronDataIntervalTimetable("0 12 * * 6", timezone="UTC"),
-    start_date=datetime(2017, 1, 1, tzinfo=UTC),
-    catchup=False,
-    max_active_runs=1,
-    default_args={
-        "retries": 2,
-        "retry_delay": timedelta(minutes=15),
-        "retry_exponential_backoff": True,
-        "execution_timeout": timedelta(hours=12),
-    },
+    default_args=commands.tasks(retries=2, minutes=15, hours=12),
     params={"run_date": commands.date_param("train for this --run-date (YYYY-MM-DD) and not the interval's")},
-    tags=["cold-refresh"],
-    doc_md=__doc__,
+    **commands.common(__doc__),
 )
 def cold_refresh_training() -> None:
-    @task.bash(do_xcom_push=False)
+    @task.bash(do_xcom_push=False, skip_on_exit_code=commands.FINAL)
     def stage(name: str, params: Any = None, data_interval_start: Any = None) -> str:
         return commands.stage(name, commands.run_date(params, data_interval_start, days=7), "--train")
 

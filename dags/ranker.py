@@ -7,7 +7,6 @@ running again does no harm. By hand: `airflow dags test ranker --conf '{"date": 
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import cold_refresh_commands as commands
@@ -17,20 +16,12 @@ from airflow.sdk.exceptions import AirflowFailException
 
 @dag(
     schedule=list(commands.OUTPUTS.values()),
-    start_date=datetime(2017, 1, 1, tzinfo=UTC),
-    catchup=False,
-    max_active_runs=1,
-    default_args={
-        "retries": 1,
-        "retry_delay": timedelta(minutes=1),
-        "execution_timeout": timedelta(hours=1),
-    },
+    default_args={**commands.tasks(retries=1, minutes=1, hours=1), "pool": "default_pool"},
     params={
         "date": commands.date_param("read the night of this refresh date (YYYY-MM-DD)"),
         "lake": Param(None, type=["null", "string"], description="of this lake; COLD_REFRESH_LAKE by default"),
     },
-    tags=["cold-refresh"],
-    doc_md=__doc__,
+    **commands.common(__doc__),
 )
 def ranker() -> None:
     @task

@@ -12,8 +12,11 @@ from typing import Any
 
 from jobs.lake import Lake
 from jobs.run import log
-from jobs.settings import Settings, load
-from schemas.errors import ColdRefreshError
+from jobs.settings import Settings, SettingsError, load
+from schemas.errors import ColdRefreshError, ContractError
+
+#: Exit status where the settings, an input table or a gate must be looked at: to start the job again as it is would not help.
+REFUSED = 3
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
@@ -67,13 +70,13 @@ def main(job: Callable[[], dict[str, Any]]) -> int:
     """Run `job`, print its summary as one line of JSON on stdout; an error that a person can act on becomes one message.
 
     Returns:
-        The exit status: 0, or 1 after an error.
+        The exit status: 0, REFUSED, or 1 after another error.
     """
     try:
         summary = job()
     except ColdRefreshError as error:
         log(f"error: {error}")
-        return 1
+        return REFUSED if isinstance(error, ContractError | SettingsError) else 1
     print(json.dumps(summary, sort_keys=False, default=str), flush=True)
     return 0
 

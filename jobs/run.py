@@ -261,8 +261,9 @@ def find_run(settings: Settings, run_date: date, *, training: bool = False) -> t
     # Where the date's rows were deleted since, the table still knows how often it was begun. Asked first: what another driver
     # begins meanwhile is among the rows.
     (begins,) = lake.sequences("runs", [_app(_opening(training), run_date)])
-    existing, sequence = _begun(settings, run_date, training=training)
-    sequence = max(sequence + 1, begins)
+    begun = _begun(settings, run_date, training=training)
+    existing = _of(settings, run_date, begun[-1:])
+    sequence = max(begun[-1]["sequence"] + 1 if begun else 1, begins)
     if existing is not None:
         last = TRAINING_STAGES[-1] if training else STAGES[-1]
         if (existing.input_versions, existing.table_ids) != (current, ids):
@@ -294,18 +295,20 @@ def has_its_inputs(run: Run) -> bool:
 
 
 def begun_run(settings: Settings, run_date: date, *, training: bool = False) -> Run:
-    """The newest run of `run_date`, whatever has become of its input tables since: what a single later stage belongs to.
+    """The newest run of `run_date` with these settings and this code, whatever has become of its input tables and whoever has
+    begun another since: what a single later stage belongs to.
 
     Raises:
-        SettingsError: there is none, or it was begun with other settings or other code.
+        SettingsError: there is none.
     """
-    run, sequence = _begun(settings, run_date, training=training)
-    if run is None:
-        why = "was begun with other settings or other code" if sequence else "is not there: its first stage begins it"
+    begun = _begun(settings, run_date, training=training)
+    found = _of(settings, run_date, begun)
+    if found is None:
+        why = "was begun with other settings or other code" if begun else "is not there: its first stage begins it"
         raise SettingsError(
             f"the {'training' if training else 'run'} of {run_date} {why}; start with stage {STAGES[0]}"
         )
-    return run
+    return found
 
 
 def _opening(training: bool) -> str:
@@ -317,18 +320,21 @@ def _app(opening: str, run_date: date) -> str:
     return f"runs/{opening}/{run_date}"
 
 
-def _begun(settings: Settings, run_date: date, *, training: bool) -> tuple[Run | None, int]:
-    """The newest run of `run_date` if it was begun with these settings and this code; its sequence either way, 0 for none."""
+def _begun(settings: Settings, run_date: date, *, training: bool) -> list[dict[str, Any]]:
+    """The opening rows of the runs of `run_date`, oldest first."""
     rows = Lake(settings.lake, settings.storage_options).read("runs", refresh_date=run_date).to_pylist()
-    begun = max((r for r in rows if r["stage"] == _opening(training)), key=lambda r: r["sequence"], default=None)
-    if begun is None:
-        return None, 0
-    if (begun["conf_hash"], begun["code_version"]) != (settings.digest(), code_version()):
-        return None, begun["sequence"]
-    pinned, opened = json.loads(begun["input_versions"]), json.loads(begun["counts"])
+    return sorted((r for r in rows if r["stage"] == _opening(training)), key=lambda r: r["sequence"])
+
+
+def _of(settings: Settings, run_date: date, begun: list[dict[str, Any]]) -> Run | None:
+    """The newest of the runs `begun` that has these settings and this code."""
+    own = [r for r in begun if (r["conf_hash"], r["code_version"]) == (settings.digest(), code_version())]
+    if not own:
+        return None
+    row = own[-1]
+    pinned, opened = json.loads(row["input_versions"]), json.loads(row["counts"])
     more = (opened["table_ids"], opened.get("known", {}))
-    run = Run(settings, run_date, begun["run_id"], begun["sequence"], pinned, begun["conf_hash"], *more)
-    return run, run.sequence
+    return Run(settings, run_date, row["run_id"], row["sequence"], pinned, row["conf_hash"], *more)
 
 
 def open_run(settings: Settings, run_date: date, *, training: bool = False) -> Run:

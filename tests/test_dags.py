@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from jobs import cli
 from jobs.lake import Lake
 from jobs.run import OUTPUTS, STAGES, TRAINING_STAGES
 from tests import airflow_home, nights
@@ -29,11 +30,15 @@ from airflow.dag_processing.dagbag import DagBag
 before, begun = set(sys.modules), time.perf_counter()
 bag = DagBag(sys.argv[1])
 seconds = time.perf_counter() - begun
+import cold_refresh_commands as commands
 def describe(dag):
     return {
         "tasks": [t.task_id for t in dag.topological_sort()],
         "retries": {t.task_id: t.retries for t in dag.tasks},
-        "untimed": [t.task_id for t in dag.tasks if not t.execution_timeout],
+        "hours": {t.task_id: t.execution_timeout.total_seconds() / 3600 for t in dag.tasks},
+        "pools": sorted({t.pool for t in dag.tasks}),
+        "final": [t.task_id for t in dag.tasks if getattr(t, "skip_on_exit_code", None) is commands.FINAL],
+        "on_failure": getattr(dag.on_failure_callback, "__name__", None),
         "eager": [t.task_id for t in dag.tasks if t.retries and t.retry_delay < timedelta(minutes=1)],
         "xcom": [t.task_id for t in dag.tasks if getattr(t, "do_xcom_push", False)],
         "outlets": {t.task_id: [a.uri for a in t.outlets] for t in dag.tasks if t.outlets},
@@ -46,7 +51,7 @@ found = {
     "seconds": seconds,
     "engines": sorted({m.split(".")[0] for m in set(sys.modules) - before} & {"pyspark", "ray", "torch", "deltalake", "jobs"}),
     "dags": {name: describe(dag) for name, dag in bag.dags.items()},
-    "consumed": [a.uri for a in bag.dags["ranker"].timetable.asset_condition.objects],
+    "consumed": [a.uri for a in bag.dags["ranker"].timetable.asset_condition.objects] if "ranker" in bag.dags else [],
 }
 print("\\n" + json.dumps(found))
 """
@@ -56,9 +61,9 @@ import json, sys
 from datetime import UTC, datetime, timedelta, timezone
 sys.path.append(sys.argv[1])
 import cold_refresh_commands as commands
-def ask(params, start, days=1):
+def ask(params, start, days=1, **name):
     try:
-        return commands.run_date(params, start, days)
+        return commands.run_date(params, start, days, **name)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 east = timezone(timedelta(hours=9))
@@ -68,6 +73,7 @@ print("\\n" + json.dumps([
     ask({"run_date": None}, datetime(2026, 2, 21, 12, tzinfo=UTC), 7),
     ask({"run_date": "2017-11-01"}, datetime(2026, 2, 28, tzinfo=UTC)),
     ask({"run_date": None}, None),
+    ask({"due": None}, None, name="due"),
     ask({"run_date": "2026-02-30"}, None),
     ask({"run_date": "2026-01-01; touch x"}, None),
 ]))
@@ -105,6 +111,16 @@ print("\\n" + json.dumps([
     ask("cold_refresh_nightly", "cf", midnight, "cf", run_date=None),
     ask("cold_refresh_evaluate", "evaluate", morning, due=None),
 ]))
+"""
+
+
+_LAKE = """
+import json, sys
+sys.path.append(sys.argv[1])
+try:
+    import cold_refresh_commands
+except ValueError as error:
+    print("\\n" + json.dumps(str(error)))
 """
 
 
@@ -147,15 +163,48 @@ def test_the_tasks_are_the_stages_in_order(parsed: dict[str, Any]) -> None:
     assert parsed["dags"]["cold_refresh_training"]["tasks"] == list(TRAINING_STAGES)
 
 
-def test_every_task_is_timed_and_retried_but_the_gates(parsed: dict[str, Any]) -> None:
-    for dag in parsed["dags"].values():
-        assert dag["untimed"] == []
+def test_every_task_is_timed_and_retried_unless_the_job_refuses(parsed: dict[str, Any]) -> None:
+    for name, dag in parsed["dags"].items():
+        assert min(dag["hours"].values()) >= 1
         assert dag["eager"] == []
         assert dag["max_active_runs"] == 1
         assert dag["catchup"] is False
-        assert [task for task, retries in dag["retries"].items() if not retries] in ([], ["gates"])
-    assert parsed["dags"]["cold_refresh_nightly"]["retries"]["gates"] == 0
-    assert parsed["dags"]["cold_refresh_nightly"]["xcom"] == []
+        assert min(dag["retries"].values()) >= 1
+        assert dag["final"] == ([] if name == "ranker" else dag["tasks"])
+        assert (dag["pools"], dag["on_failure"]) == (["default_pool"], None)
+    night, training = (parsed["dags"][f"cold_refresh_{name}"] for name in ("nightly", "training"))
+    assert night["xcom"] == []
+    # What trains by night, where the training did not come, has the time that the training has.
+    assert all(night["hours"][task] == training["hours"][task] for task in TRAINING_STAGES[1:])
+
+
+def test_what_the_environment_says_of_schedule_pool_time_and_alarm_reaches_the_dags(home: AirflowHome) -> None:
+    (home.folder / "alarms.py").write_text("def page(context):\n    pass\n")
+    given = {
+        "COLD_REFRESH_CRON": "30 4 * * *",
+        "COLD_REFRESH_POOL": "one_at_a_time",
+        "COLD_REFRESH_HOURS": "36",
+        "COLD_REFRESH_ON_FAILURE": "alarms:page",
+        "PYTHONPATH": str(home.folder),
+    }
+    found = _last_json(home.run(sys.executable, "-c", _PARSE, str(ROOT / "dags"), **given))
+    assert found["errors"] == {}
+    night = found["dags"]["cold_refresh_nightly"]
+    assert night["schedule"] == ["30 4 * * *", "UTC"]
+    for name, dag in found["dags"].items():
+        assert set(dag["hours"].values()) == {36.0}
+        assert dag["pools"] == ["default_pool" if name == "ranker" else "one_at_a_time"]
+        assert dag["on_failure"] == "page"
+
+
+def test_settings_of_ones_own_want_their_lake(home: AirflowHome) -> None:
+    found = _last_json(home.run(sys.executable, "-c", _LAKE, str(ROOT / "dags"), COLD_REFRESH_CONF="mine.yaml"))
+    assert "COLD_REFRESH_CONF is set: set COLD_REFRESH_LAKE to its lake" in found
+
+
+def test_the_status_of_a_refusal_is_that_of_the_jobs(home: AirflowHome) -> None:
+    code = "import sys; sys.path.append(sys.argv[1]); import cold_refresh_commands as c; print(f'\\n{c.REFUSED}')"
+    assert _last_json(home.run(sys.executable, "-c", code, str(ROOT / "dags"))) == cli.REFUSED
 
 
 def test_only_publishing_emits_the_assets_that_the_ranker_waits_for(parsed: dict[str, Any]) -> None:
@@ -168,8 +217,9 @@ def test_only_publishing_emits_the_assets_that_the_ranker_waits_for(parsed: dict
 def test_the_run_date_is_the_day_on_which_the_interval_ends(home: AirflowHome) -> None:
     found = _last_json(home.run(sys.executable, "-c", _DATES, str(ROOT / "dags")))
     assert found[:4] == ["2026-03-01", "2026-03-02", "2026-02-28", "2017-11-01"]
-    assert found[4] == "AirflowFailException: this run has no data interval: trigger it with the parameter run_date"
-    assert all("is no date; expected YYYY-MM-DD" in error for error in found[5:])
+    nothing = "AirflowFailException: this run has no data interval: trigger it with the parameter"
+    assert found[4:6] == [f"{nothing} run_date", f"{nothing} due"]
+    assert all("is no date; expected YYYY-MM-DD" in error for error in found[6:])
 
 
 def test_the_ranker_reads_each_night_that_the_events_name_once(home: AirflowHome) -> None:
@@ -248,22 +298,24 @@ for name in ("cf", "gates", "{{ conf }}"):
 def test_a_job_that_spark_submit_is_given_runs_by_its_path(job: str, tmp_path: Path) -> None:
     asked = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), "--conf", "no.yaml", "--run-date", "2026-03-01"]
     ended = subprocess.run(asked, capture_output=True, text=True, cwd=tmp_path)
-    assert ended.returncode == 1
+    assert ended.returncode == cli.REFUSED
     assert ended.stderr.startswith("error: ")
     assert "no.yaml" in ended.stderr
 
 
 def test_a_failed_gate_fails_the_run_and_nothing_after_it_runs(home: AirflowHome, tmp_path: Path) -> None:
-    """A script in place of the jobs' Python: it notes what it is asked for, and ends the gates with status 1."""
-    body = f'echo "$*" >> {tmp_path}/asked; echo "it said: $*"; [[ "$*" != *"--stage gates"* ]]'
+    """A script in place of the jobs' Python: it notes what it is asked for, and refuses at the gates, which are not tried again."""
+    body = f'echo "$*" >> {tmp_path}/asked; echo "it said: $*"; [[ "$*" != *"--stage gates"* ]] || exit {cli.REFUSED}'
     script = _script(tmp_path / "python", body)
-    options = {"COLD_REFRESH_PYTHON": str(script), "COLD_REFRESH_CONF": "a b.yaml"}
+    options = {"COLD_REFRESH_PYTHON": str(script), "COLD_REFRESH_CONF": "a b.yaml", "COLD_REFRESH_LAKE": "/a lake"}
     conf = json.dumps({"run_date": "2017-11-01"})
     ended = home.airflow("dags", "test", "cold_refresh_nightly", "2026-02-01", "--conf", conf, **options)
     assert ended.returncode == 1, ended.stdout[-4000:]
     asked = (tmp_path / "asked").read_text().splitlines()
     until = STAGES[: STAGES.index("gates") + 1]
-    assert asked == [f"-m jobs.cold_refresh --conf a b.yaml --run-date 2017-11-01 --stage {name}" for name in until]
+    night = "-m jobs.cold_refresh --conf a b.yaml --run-date 2017-11-01"
+    assert asked == [f"{night} --stage {name} --set lake=/a lake" for name in until]
+    assert "the job refuses what it was given" in ended.stdout
     assert f"it said: {asked[-1]}" in ended.stdout  # spark-submit hands on an error's message as stdout
     assert _query(home, "SELECT count(*) FROM asset_event") == [(0,)]
 
@@ -288,7 +340,7 @@ def test_backfill_creates_a_run_for_each_night(home: AirflowHome) -> None:
     assert serialized.returncode == 0, serialized.stdout[-4000:]
     between = ["--from-date", "2026-01-01", "--to-date", "2026-01-02", "--max-active-runs", "1"]
     created = home.airflow(
-        *["backfill", "create", "--dag-id", "cold_refresh_nightly", *between, "--reprocess-behavior", "completed"]
+        *["backfill", "create", "--dag-id", "cold_refresh_nightly", *between, "--reprocess-behavior", "failed"]
     )
     assert created.returncode == 0, created.stdout[-4000:]
     intervals = _query(

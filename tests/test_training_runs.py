@@ -48,8 +48,12 @@ def test_a_later_stage_alone_belongs_to_the_run_that_was_begun(small_lake: Small
     _touch(small_lake)
     assert begun_run(settings, day) == run
     assert find_run(settings, day)[0] is None  # the whole night would read what was added
+    other = load(small_lake.conf, ["seed=4"])
     with pytest.raises(SettingsError, match="other settings"):
-        begun_run(load(small_lake.conf, ["seed=4"]), day)
+        begun_run(other, day)
+    # Whoever tries other settings by hand meanwhile is not in the way of the night that is running.
+    assert open_run(other, day).run_id != run.run_id
+    assert begun_run(settings, day) == run
 
 
 def test_a_stage_alone_needs_those_before_it(small_lake: SmallLake) -> None:
