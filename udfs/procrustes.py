@@ -21,13 +21,15 @@ def align(
             float64.
 
     Returns:
-        R [d, d] float64, and the relative residual |new R - earlier| / |earlier| (Frobenius, over all pieces; 0 is a perfect match,
-        of which rounding leaves some 1e-8; nan if `earlier` has no length).
+        R [d, d] float64, and the residual that neither R nor a change of scale explains: the least |s new R - earlier| / |earlier|
+        of all s (Frobenius, over all pieces). 0 is a perfect match, of which rounding leaves some 1e-8; 1 is nothing in common;
+        nan if a space has no length.
 
     Raises:
         ValueError: the shapes differ, there is no row, or a number is not finite.
     """
-    # |new R - earlier|^2 = |new|^2 + |earlier|^2 - 2 tr(R' new' earlier), where the trace is the sum of the singular values.
+    # tr(R' new' earlier) is the sum of the singular values, and s = that / |new|^2 leaves |earlier|^2 - (s |new|)^2. Other settings may
+    # make all vectors of a space longer, which moves none of them against another.
     cross: npt.NDArray[np.float64] | None = None
     of_new = of_earlier = 0.0
     for new, earlier in pieces:
@@ -40,5 +42,6 @@ def align(
     if cross is None:
         raise ValueError("cannot align without a row that both spaces have")
     left, singular, right = svd(cross)
-    squared = max(of_new + of_earlier - 2 * float(singular.sum()), 0.0)
-    return left @ right, float(np.sqrt(squared / of_earlier)) if of_earlier else float("nan")
+    lengths = np.sqrt(of_new) * np.sqrt(of_earlier)
+    explained = float(singular.sum()) / lengths if lengths else float("nan")
+    return left @ right, float(np.sqrt(np.maximum(1 - explained**2, 0.0)))
