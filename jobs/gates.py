@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -62,10 +64,18 @@ def _used_before(run: Run) -> dict[str, int]:
     return next((json.loads(row["counts"])["rows_used"] for row in own), {})
 
 
+def _days_old(run: Run, newest_event: str | None) -> float:
+    """Days from the newest event to the run's midnight; endless where no event has a time: what cannot be seen meets no limit."""
+    if newest_event is None:
+        return math.inf
+    return (run.midnight - datetime.fromisoformat(newest_event)) / timedelta(days=1)
+
+
 def _input_counts(
-    facts: dict[str, Any], rejected: pa.Table, staged: dict[str, int], before: dict[str, int]
+    facts: dict[str, Any], rejected: pa.Table, staged: dict[str, int], before: dict[str, int], days_old: float
 ) -> pd.DataFrame:
-    """One row an input table: its rows in, used and rejected, what each way of counting leaves over, the share of `before`."""
+    """One row an input table: its rows in, used and rejected, what each way of counting leaves over, the share of `before`; of the
+    interactions, `days_old`."""
     aside = pc.is_in(rejected["reason"], value_set=pa.array(SET_ASIDE))
     rows = []
     for name, rows_in in facts["rows_in"].items():
@@ -83,9 +93,10 @@ def _input_counts(
                 # What lies outside the run's dates, split or k-core is no sign of bad data.
                 "bad_share": (recorded - set_aside) / max(rows_in - set_aside, 1),
                 "used_share": used / before[name] if before.get(name) else None,
+                "days_old": days_old if name == "interactions" else None,
             }
         )
-    return pa.Table.from_pylist(rows).to_pandas().astype({"used_share": float})
+    return pa.Table.from_pylist(rows).to_pandas().astype({"used_share": float, "days_old": float})
 
 
 def input_views(run: Run, out: Staging, facts: dict[str, Any]) -> tuple[list[View], dict[str, Any]]:
@@ -100,19 +111,20 @@ def input_views(run: Run, out: Staging, facts: dict[str, Any]) -> tuple[list[Vie
     staged = {"interactions": int(by_item["events"].sum()), "items": items.num_rows}
     reasons = gate_views.lineage(rejected, ["table", "reason"])
     item_rows = items.select(["item_id", "item_idx", "label", "interactions"])
+    days_old = _days_old(run, facts["newest_event"])
+    counts = _input_counts(facts, rejected, staged, _used_before(run), days_old)
     views = [
         View("training_interactions", "items", by_item, ("item_id",)),
         View("users", "rows", users.to_pandas(), ("user_id",)),
         View("items_labelled", "rows", item_rows.to_pandas(), ("item_id",)),
         View("items_labelled", "labels", _labels(items), ("items",)),
-        View(
-            "rejected_rows", "inputs", _input_counts(facts, rejected, staged, _used_before(run)), ("table", "rows_in")
-        ),
+        View("rejected_rows", "inputs", counts, ("table", "rows_in")),
         View("rejected_rows", "reasons", reasons, ("table", "reason")),
     ]
     return views, {
         "rejected_share": run.settings.gates.rejected_share,
         "kept_share": run.settings.gates.kept_share,
+        "stale_days": run.settings.gates.stale_days or math.inf,
         "input_tables": sorted(facts["rows_in"]),
         "n_inputs": len(facts["rows_in"]),
         "last_user": users.num_rows - 1,
@@ -124,14 +136,14 @@ def check_inputs(run: Run, out: Staging, facts: dict[str, Any]) -> dict[str, Any
     """The gate of the inputs, at the end of stage snapshot, on the tables that it left in `out` and on its facts.
 
     Args:
-        facts: rows_in, rows_used, rows_rejected: input table -> rows.
+        facts: rows_in, rows_used, rows_rejected: input table -> rows; newest_event.
 
     Returns:
         expectations, succeeded, data_docs.
 
     Raises:
-        jobs.expectations.GateError: rows are unaccounted for, too many are bad or too few are left, there is no warm item, an id
-            is null, ...
+        jobs.expectations.GateError: rows are unaccounted for, too many are bad or too few are left, the newest event is stale,
+            there is no warm item, an id is null, ...
     """
     views, parameters = input_views(run, out, facts)
     return check(

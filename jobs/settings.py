@@ -205,6 +205,11 @@ class Gates(_Section):
         ge=0,
         description="used rows of an input, at least, as a share of the night's that was published before; 0: any",
     )
+    stale_days: int | None = Field(
+        None,
+        ge=1,
+        description="days between the newest event used and the midnight of the run date, at most; any by default",
+    )
 
     @model_validator(mode="after")
     def _band(self) -> Gates:
@@ -264,7 +269,7 @@ _DECIDES_NOTHING = {
     "cf": ("device",),
     "filterllm": ("vocabulary_chunk",),
     "sampling": ("shard_items", "user_tile"),
-    "gates": ("kept_share",),
+    "gates": ("kept_share", "stale_days"),
 }
 
 
@@ -302,8 +307,8 @@ class Settings(_Section):
         """Hash (16 hex digits) of the settings that decide results; of `sections` only, if named.
 
         Where the lake is, how and on what workers run, into what pieces work is cut, which file a model is to be, and how much
-        an input may have shrunk is left out: so a run that ended for want of memory goes on with smaller pieces. (What a batch
-        of tokens holds counts where a language model is trained along: dropout falls by batches.) Of named sections
+        an input may have shrunk or aged is left out: so a run that ended for want of memory goes on with smaller pieces. (What
+        a batch of tokens holds counts where a language model is trained along: dropout falls by batches.) Of named sections
         `retrain_days` is left out too, which says when to train and not what comes of it, so that a space is found again
         whatever asked for it. Of section allmrec a night reads the alignment only, and that for refresh.cold=allmrec: otherwise
         nothing there makes another night.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,11 @@ from udfs import cleaning
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, Row, SparkSession
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+# Python has no times before the year 1, which tables may hold: its beginning stands for them.
+_OLDEST = (datetime.min.replace(tzinfo=UTC) - _EPOCH) // timedelta(microseconds=1)
 
 
 def _write(frame: DataFrame, out: Staging, name: str) -> None:
@@ -43,12 +49,12 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
     """Leaves training_interactions, users, items_labelled and rejected_rows.
 
     Returns:
-        rows_in, rows_used and rows_rejected for each input; users, items, warm, cold, pairs; digests of what later stages
-        compute from; expectations, succeeded and data_docs of the gate.
+        rows_in, rows_used and rows_rejected for each input; newest_event, of those used (ISO; None: none has a time); users,
+        items, warm, cold, pairs; digests of what later stages compute from; expectations, succeeded and data_docs of the gate.
 
     Raises:
         ContractError: a column is missing or has the wrong type, a table is empty, or its pinned version is gone.
-        jobs.expectations.GateError: the counts do not reconcile, or too much is rejected.
+        jobs.expectations.GateError: the counts do not reconcile, too much is rejected, or the events are stale.
     """
     with inputs.readable(run):
         facts = _stage(run, out)
@@ -131,6 +137,7 @@ def _facts(spark: SparkSession, out: Staging, rows_in: dict[str, int]) -> dict[s
     pairs = staged("training_interactions").agg(
         F.count("*").alias("n"),
         F.coalesce(F.sum("events"), F.lit(0)).alias("events"),
+        F.unix_micros(F.max("last_time")).alias("newest"),
         *_digest("user_id", "item_id", "weight", "last_time", "last_seq"),
     )
     items = staged("items_labelled").agg(
@@ -140,11 +147,13 @@ def _facts(spark: SparkSession, out: Staging, rows_in: dict[str, int]) -> dict[s
     )
     rejected = staged("rejected_rows").groupBy("table", "reason").agg(F.sum("rows").alias("rows"))
     (used,), (labels,), reasons = pairs.collect(), items.collect(), sorted(rejected.collect())
+    newest = None if used["newest"] is None else _EPOCH + timedelta(microseconds=max(used["newest"], _OLDEST))
     return {
         "rows_in": rows_in,
         "rows_used": {"interactions": used["events"], "items": labels["n"]},
         "rows_rejected": {name: sum(row["rows"] for row in reasons if row["table"] == name) for name in rows_in},
         "rejected_reasons": {f"{row['table']}.{row['reason']}": row["rows"] for row in reasons},
+        "newest_event": newest and newest.isoformat(),
         "users": staged("users").count(),
         "items": labels["n"],
         "warm": labels["warm"],

@@ -95,12 +95,13 @@ def test_only_what_decides_results_makes_another_run() -> None:
     base = Settings(lake="here")
     assert base.digest() == Settings.model_validate({"lake": "there", "ray": {"actors": 9}}).digest()
     assert base.digest() != Settings.model_validate({"lake": "here", "cf": {"dimension": 32}}).digest()
-    # Into what pieces work is cut makes no other model.
+    # Into what pieces work is cut makes no other model, and what only checks an input makes no other night.
     pieces = {
         "text": {"shard_texts": 9, "batch_tokens": 99, "sha256": "0" * 64},
         "cf": {"device": "cpu"},
         "filterllm": {"vocabulary_chunk": 9},
         "sampling": {"shard_items": 9, "user_tile": 9},
+        "gates": {"kept_share": 0.1, "stale_days": 9},
     }
     cut = Settings.model_validate({"lake": "here", **pieces})
     assert base.digest() == cut.digest()

@@ -95,6 +95,7 @@ def test_rows_are_numbered_labelled_and_summed_whatever_their_order(spark: Any, 
     pairs = {(p["user_id"], p["item_id"]): p for p in out.read("training_interactions").to_pylist()}
     assert (pairs["u1", "a"]["weight"], pairs["u1", "a"]["events"]) == (5.0, 2)
     assert pairs["u1", "a"]["last_time"] == datetime(2026, 2, 2, tzinfo=UTC)
+    assert facts["newest_event"] == "2026-02-02T00:00:00+00:00"
     assert (facts["rows_in"], facts["rows_used"]) == (
         {"interactions": 4, "items": 4},
         {"interactions": 4, "items": 3},
