@@ -98,6 +98,17 @@ def _spaces(run: Run) -> list[tuple[date, str, dict[str, Any]]]:
     return [one for one in run.trained("spaces") if one[2]["kind"] == "cf"]
 
 
+def kept(run: Run, encoder_version: str | None) -> str | None:
+    """The space that the night takes up: the newest of the last cf.retrain_days days and the same settings. None: it trains one.
+
+    Args:
+        encoder_version: see `cf_start.encoder_version`.
+    """
+    digest, days = conf_digest(run.settings, encoder_version), run.settings.cf.retrain_days
+    fresh = [v for day, v, facts in _spaces(run) if facts["conf"] == digest and (run.run_date - day).days < days]
+    return fresh[-1] if fresh else None
+
+
 def run(run: Run, out: Staging) -> dict[str, Any]:
     """Choose the night's space: the newest of the last cf.retrain_days days and the same settings, or train one.
 
@@ -107,17 +118,12 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
     Raises:
         udfs.cf_inputs.CfError: there is nothing to train on, or training failed.
     """
-    digest, days = conf_digest(run.settings, cf_start.encoder_version(run)), run.settings.cf.retrain_days
-    spaces = _spaces(run)
-    fresh = [v for day, v, facts in spaces if facts["conf"] == digest and (run.run_date - day).days < days]
-    if fresh:
-        version = fresh[-1]
-        log(f"[cf] space {version} is younger than {days} days: kept")
+    cf, version = run.settings.cf, kept(run, cf_start.encoder_version(run))
+    if version is not None:
+        log(f"[cf] space {version} is younger than {cf.retrain_days} days: kept")
     else:
-        cf = run.settings.cf
-        earlier = [
-            v for day, v, f in spaces if day < run.run_date and (f["model"], f["dimension"]) == (cf.model, cf.dimension)
-        ]
+        alike = [one for one in _spaces(run) if (one[2]["model"], one[2]["dimension"]) == (cf.model, cf.dimension)]
+        earlier = [v for day, v, _ in alike if day < run.run_date]
         version = train(run, out, align_to=earlier[-1] if earlier else None)
     facts = run.artifact("spaces", version).facts()
     told = ("model", "dimension", "trained_on", "users", "items", "aligned_to", "residual")

@@ -3,14 +3,15 @@
     spark-submit jobs/cold_refresh.py --conf conf/demo.yaml --run-date 2017-11-01
 
 Started again it goes on where it was stopped; when the night is finished and its inputs are the same, it does nothing and
-says so. `--stage NAME` runs one stage (earlier ones must be complete), `--dry-run` only says what would be done. `--train`
-trains a new embedding space and FilterLLM model for the run date and publishes nothing: refreshes of that date and later
-use them. The last line of stdout is a summary in JSON.
+says so. `--stage NAME` runs one stage (earlier ones must be complete), `--dry-run` only says what would be done, or what would
+stop it before its first stage. `--train` trains a new embedding space and FilterLLM model for the run date and publishes
+nothing: refreshes of that date and later use them. The last line of stdout is a summary in JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from datetime import date, timedelta
@@ -76,15 +77,19 @@ def refresh(settings: Settings, run_date: date, stage: str | None = None, *, tra
     return _summary(run, done, computed, time.perf_counter() - begun)
 
 
-def _preflight(settings: Settings) -> None:
+def _preflight(settings: Settings) -> str:
     """What would stop the night hours later is found before any compute.
+
+    Returns:
+        The version of the text embeddings.
 
     Raises:
         udfs.model_files.ModelError: the language model is missing or is not the expected one.
         jobs.ray_cluster.ClusterError: no Ray cluster answers at ray.address.
     """
-    text_embeddings.model_version(settings.text)
+    encoder_version = text_embeddings.model_version(settings.text)
     ray_cluster.require(settings.ray)
+    return encoder_version
 
 
 def _tell(run: Run, done: dict[str, dict[str, Any]]) -> None:
@@ -154,19 +159,30 @@ def prune(run: Run) -> None:
 
 
 def plan(settings: Settings, run_date: date, *, training: bool = False) -> dict[str, Any]:
-    """What `refresh` would do, without doing it: each stage with whether it would run, and its seconds last time."""
+    """What `refresh` would do, without doing it: each stage with whether it would run, and its seconds last time; of those that
+    may train (the others, and complete ones: None) whether they would.
+
+    Raises:
+        ColdRefreshError: an input table is missing, or the run would be stopped before its first stage.
+    """
     names = TRAINING_STAGES if training else STAGES
-    existing, new = find_run(settings.training() if training else settings, run_date, training=training)
+    settings = settings.training() if training else settings
+    existing, new = find_run(settings, run_date, training=training)
     run = existing or new
     done = run.done(names[-1]) if existing else {}
-    rows = run.lake.read("runs", columns=["refresh_date", "sequence", "run_id", "stage", "seconds"]).to_pylist()
-    last = {r["stage"]: r["seconds"] for r in sorted(rows, key=lambda r: (r["refresh_date"], r["sequence"]))}
+    keeps = {} if names[-1] in done else _keeps(run, _preflight(settings))
+    rows = run.lake.read("runs", columns=["refresh_date", "sequence", "stage", "counts", "seconds"]).to_pylist()
     stages = []
     for name in names:
         complete = name in done or (existing is not None and run.staging(name).is_complete())
-        cost = f"took {last[name]:.0f} s last time" if name in last else "never run in this lake"
-        log(f"  {name:16} {'skip: complete' if complete else 'run'} ({cost})")
-        stages.append({"stage": name, "run": not complete, "seconds_last_time": last.get(name)})
+        trains = None if complete or name not in keeps else keeps[name] is None
+        seconds = _seconds(rows, name, trains)
+        does = "skip: complete" if complete else "run"
+        if trains is not None:
+            does = "run: trains" if trains else f"run: keeps {keeps[name]}"
+        cost = f"took {seconds:.0f} s last time" if seconds is not None else "never done in this lake"
+        log(f"  {name:16} {does} ({cost})")
+        stages.append({"stage": name, "run": not complete, "trains": trains, "seconds_last_time": seconds})
     inputs = {}
     for name, version in run.input_versions.items():
         table = run.lake.table(input_tables(settings)[name], version)
@@ -180,13 +196,38 @@ def plan(settings: Settings, run_date: date, *, training: bool = False) -> dict[
     return {"dry_run": True, "run_id": run.run_id, "run_date": run_date.isoformat(), "inputs": inputs, "stages": stages}
 
 
+def _keeps(run: Run, encoder_version: str) -> dict[str, str | None]:
+    """Stage that may train -> version of the space or model that it would keep, by its age; None where it would train one (unless
+    the same data have been trained on before, which only the snapshot can tell).
+    """
+    from jobs import cf, filterllm_train  # torch, which takes seconds
+
+    texts, staged = run.staging("text_embeddings"), run.staging("cf")
+    if texts.is_complete():
+        encoder_version = texts.facts()["model_version"]
+    if staged.is_complete():
+        space = staged.facts()["space_version"]
+    else:
+        space = cf.kept(run, None if run.settings.cf.init == "random" else encoder_version)
+    return {"cf": space, "filterllm_train": space and filterllm_train.kept(run, space, encoder_version)}
+
+
+def _seconds(rows: list[dict[str, Any]], stage: str, trains: bool | None) -> float | None:
+    """How long the stage took last, by `rows` of `runs`: if it `trains` or does not, when it did the same. None: never."""
+    rows = [row for row in rows if row["stage"] == stage]
+    if trains is not None:
+        rows = [row for row in rows if json.loads(row["counts"]).get("trained") is trains]
+    return max(rows, key=lambda row: (row["refresh_date"], row["sequence"]), default={"seconds": None})["seconds"]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = cli.parser(__doc__)
     cli.add_settings(parser)
     parser.add_argument("--run-date", required=True, help="YYYY-MM-DD: only what happened before this day is known")
-    parser.add_argument("--stage", choices=STAGES, help="run this stage only")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--stage", choices=STAGES, help="run this stage only")
+    what.add_argument("--dry-run", action="store_true", help="say what would be done")
     parser.add_argument("--train", action="store_true", help=f"train for this date: {', '.join(TRAINING_STAGES)} only")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done")
     args: argparse.Namespace = parser.parse_args(argv)
     if args.train and args.stage and args.stage not in TRAINING_STAGES:
         parser.error(f"--train has no stage {args.stage}; it runs {', '.join(TRAINING_STAGES)}")

@@ -30,6 +30,15 @@ def conf_digest(settings: Settings) -> str:
     return hashlib.sha256(f"{settings.digest('filterllm', 'text')} {settings.seed}".encode()).hexdigest()[:16]
 
 
+def kept(run: Run, space_version: str, language_model: str) -> str | None:
+    """The model that the night takes up: the newest of the last filterllm.retrain_days days for this space, language model (see
+    `text_embeddings.model_version`) and settings. None: it trains one.
+    """
+    identity, days = _identity(run.settings, space_version, language_model), run.settings.filterllm.retrain_days
+    fresh = [v for day, v in _models(run, identity) if (run.run_date - day).days < days]
+    return fresh[-1] if fresh else None
+
+
 def run(run: Run, out: Staging) -> dict[str, Any]:
     """Choose the night's model: the newest of the last filterllm.retrain_days days for this space, language model and
     settings, or train one.
@@ -42,19 +51,13 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
     Raises:
         FilterLLMError: no warm item of the space has a text.
     """
-    identity = {
-        "space_version": run.staging("cf").facts()["space_version"],
-        "language_model": run.staging("text_embeddings").facts()["model_version"],
-        "conf": conf_digest(run.settings),
-        "definition": _DEFINITION,
-    }
-    days = run.settings.filterllm.retrain_days
-    fresh = [v for day, v in _models(run, identity) if (run.run_date - day).days < days]
-    if fresh:
-        version = fresh[-1]
-        log(f"[filterllm_train] model {version} is younger than {days} days: kept")
+    space_version = run.staging("cf").facts()["space_version"]
+    language_model = run.staging("text_embeddings").facts()["model_version"]
+    version = kept(run, space_version, language_model)
+    if version is not None:
+        log(f"[filterllm_train] model {version} is younger than {run.settings.filterllm.retrain_days} days: kept")
     else:
-        version = _train(run, identity)
+        version = _train(run, _identity(run.settings, space_version, language_model))
     facts = run.artifact("models", version).facts()
     told = ["space_version", "encoder_version", "trained_on", "users", "items", "validation_items", "best_epoch"]
     told += ["validation_nll", "validation_ndcg", "calibrated_nll", "scale"]
@@ -82,6 +85,16 @@ def load_words(run: Run, version: str, *, held_out: bool = True) -> WordMap | No
     them; None: no text of then holds a word."""
     artifact, name = run.artifact("models", version), "words" if held_out else "words_without_held_out"
     return word_map.from_table(artifact.read(name)) if artifact.facts()[name] else None
+
+
+def _identity(settings: Settings, space_version: str, language_model: str) -> dict[str, str]:
+    """What models that can stand in for each other have in common."""
+    return {
+        "space_version": space_version,
+        "language_model": language_model,
+        "conf": conf_digest(settings),
+        "definition": _DEFINITION,
+    }
 
 
 def _models(run: Run, identity: dict[str, str]) -> list[tuple[date, str]]:

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
-from jobs import cold_refresh
-from jobs.cold_refresh import refresh
+from jobs import cf, cold_refresh, filterllm_train, text_embeddings
+from jobs.cold_refresh import plan, refresh
 from jobs.lake import Lake
-from jobs.run import STAGES
+from jobs.run import STAGES, open_run
 from jobs.settings import load
 from tests import nights
 from tests import small_lake as small
@@ -117,10 +117,57 @@ def test_a_night_without_cold_items_is_a_good_night(
 def test_dry_run_says_what_would_be_done_and_does_nothing(
     small_lake: small.SmallLake, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    plan, _ = _main(small_lake, capfd, "--dry-run")
-    assert [stage["stage"] for stage in plan["stages"] if stage["run"]] == list(STAGES)
-    assert plan["inputs"]["items"]["rows"] == 60
+    told, _ = _main(small_lake, capfd, "--dry-run")
+    assert [stage["stage"] for stage in told["stages"] if stage["run"]] == list(STAGES)
+    assert [stage["stage"] for stage in told["stages"] if stage["trains"]] == ["cf", "filterllm_train"]
+    assert told["inputs"]["items"]["rows"] == 60
     assert not (small_lake.lake / "runs").exists()
+
+
+def test_dry_run_tells_whether_a_night_trains_and_what_that_took_last(
+    small_lake: small.SmallLake, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings, day = load(small_lake.conf), small_lake.run_date
+    language_model = text_embeddings.model_version(settings.text)
+    trained, kept = (open_run(settings, day + timedelta(days=n)) for n in (0, 1))
+    own = {"trained_on": day.isoformat(), "run_id": trained.run_id}
+    trained.artifact("spaces", "space").complete({**own, "kind": "cf", "conf": cf.conf_digest(settings)})
+    identity = filterllm_train._identity(settings, "space", language_model)
+    trained.artifact("models", "model").complete({**own, **identity})
+    for run, seconds in ((trained, 300.0), (kept, 5.0)):
+        for stage in ("cf", "filterllm_train"):
+            run.record(stage, {"trained": run is trained}, seconds, {})
+
+    def told(days: int, *overrides: str, training: bool = False) -> list[tuple[bool, float]]:
+        stages = plan(load(small_lake.conf, overrides), day + timedelta(days=days), training=training)["stages"]
+        assert {stage["trains"] for stage in stages if stage["stage"] not in ("cf", "filterllm_train")} <= {None}
+        return [(stage["trains"], stage["seconds_last_time"]) for stage in stages[2:4]]
+
+    assert told(2) == [(False, 5.0)] * 2
+    said = capfd.readouterr().err
+    assert "run: keeps space (took 5 s last time)" in said
+    assert "run: keeps model (took 5 s last time)" in said
+    assert told(30) == told(2, training=True) == told(2, "cf.dimension=9") == [(True, 300.0)] * 2
+    assert "run: trains (took 300 s last time)" in capfd.readouterr().err
+    assert told(2, "filterllm.retrain_days=2") == [(False, 5.0), (True, 300.0)]
+    # A space that begins with texts is another one.
+    begun = load(small_lake.conf, start := ["cf.model=bpr", "cf.init=llminit"])
+    assert told(2, *start) == [(True, 300.0)] * 2
+    conf = cf.conf_digest(begun, language_model)
+    trained.artifact("spaces", "of-texts").complete({**own, "kind": "cf", "conf": conf})
+    assert told(2, *start) == [(False, 5.0), (True, 300.0)]
+    # What stage cf has chosen is known.
+    run = open_run(settings, day + timedelta(days=2))
+    run.staging("cf").complete({"space_version": "another"})
+    assert told(2)[1] == (True, 300.0)
+
+
+def test_dry_run_is_of_all_stages(small_lake: small.SmallLake, capfd: pytest.CaptureFixture[str]) -> None:
+    given = ["--conf", str(small_lake.conf), "--run-date", str(small_lake.run_date)]
+    with pytest.raises(SystemExit) as ended:
+        cold_refresh.main([*given, "--dry-run", "--stage", "cf"])
+    assert ended.value.code == 2
+    assert "not allowed with argument" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -131,6 +178,8 @@ def test_dry_run_says_what_would_be_done_and_does_nothing(
         (("--set", "ray.address=127.0.0.1:1"), "127.0.0.1:1"),
         (("--set", "text.model=/no/such/model"), "/no/such/model"),
         (("--set", "text.sha256=" + "f" * 64), "fffffff"),
+        (("--set", "ray.address=127.0.0.1:1", "--dry-run"), "127.0.0.1:1"),
+        (("--set", "text.model=/no/such/model", "--dry-run"), "/no/such/model"),
         (("--set", "lake=/no/such/lake"), "no Delta table"),
     ],
 )
