@@ -137,15 +137,22 @@ def prune(run: Run) -> None:
     """Remove the staged files and the index of finished runs, except those of the newest `keep_runs`; their rows stay.
 
     So does the snapshot of a date whose users still have time (evaluate.horizon_days), which it will be measured with, and
-    LATE_DAYS beyond.
+    LATE_DAYS beyond. What earlier runs of this run's date have left goes at once, unless they have published: this one has, and
+    jobs.publish lets no earlier run of the date follow it.
     """
     rows = run.lake.read("runs", columns=["refresh_date", "sequence", "run_id", "stage"]).to_pylist()
     finished = sorted((r["refresh_date"], r["sequence"], r["run_id"]) for r in rows if r["stage"] == STAGES[-1])
+    of_date = [r for r in rows if r["refresh_date"] == run.run_date and r["sequence"] < run.sequence]
+    published = {r["run_id"] for r in of_date if r["stage"] == "publish"}
+    given_up = [r["run_id"] for r in of_date if r["stage"] == "open" and r["run_id"] not in published]
     newest_of = {refresh_date: run_id for refresh_date, _, run_id in finished}
     evaluate = run.settings.evaluate
     needed = timedelta(days=evaluate.horizon_days + LATE_DAYS if evaluate.protocol == "temporal" else 0)
     for place, what in (("_staging", "staged files"), ("_index", "index")):
         present = set(Staging(run.lake.path(place)).children())
+        for run_id in (one for one in given_up if one in present):
+            log(f"removing the {what} of run {run_id} (unfinished, and run {run.run_id} of its date is published)")
+            Staging(run.lake.path(f"{place}/{run_id}")).clear()
         for refresh_date, _, run_id in finished[: -run.settings.keep_runs]:
             if run_id not in present or run_id == run.run_id:
                 continue

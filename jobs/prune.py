@@ -2,9 +2,9 @@
 
     python -m jobs.prune --lake ./lake --keep-days 70 --dry-run
 
-A night removes the staged files and the index of finished nights, except those of the newest keep_runs. What is trained (spaces,
-models, A-LLMRec's parts), what a training or a night that was given up left half done, and what training runs staged stays until
-this command. It keeps
+A night removes the staged files and the index of finished nights, except those of the newest keep_runs, and of earlier runs of
+its date that never published. What is trained (spaces, models, A-LLMRec's parts), what a training or a night that was given up
+left half done, and what training runs staged stays until this command. It keeps
 - what was trained in the `keep_days` days before the newest published night, or later;
 - what `runs` says that the nights of these days used, and older nights of which something is still staged (they wait to be
   measured), what a staged stage says that it used, and what all that is built on;

@@ -22,7 +22,7 @@ from jobs import gates, item_index, publish, published
 from jobs.cold_refresh import prune
 from jobs.lake import Lake, LakeError
 from jobs.run import OUTPUTS, STAGES, Run, execute
-from jobs.staging import StagingError
+from jobs.staging import Staging, StagingError
 from schemas.table import table as schema
 from tests import gated_night as night
 from udfs.vectors import from_column
@@ -303,6 +303,33 @@ def test_of_finished_nights_the_newest_keep_their_staged_files_and_index(tmp_pat
         prune(_keeping(runs[3], 2 - number, horizon_days=24, protocol=protocol))
         assert left("_staging") == left("_index") == [runs[1].run_id, *(run.run_id for run in runs[2 + number :])]
     assert tables(tmp_path) == before
+
+
+def test_what_earlier_runs_of_a_date_left_without_publishing_goes_when_the_night_is_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    published_before, refused, tonight, later = (gated(tmp_path, sequence=number) for number in (1, 2, 3, 4))
+    day_before = gated(tmp_path, run_date=night.RUN_DATE - timedelta(days=1))
+    training = replace(refused, run_id=refused.run_id[:-1] + "f")
+    training.staging("snapshot").complete({})
+    for run in (published_before, refused, tonight, later, day_before):
+        run.record("open", {}, 0.0, {})
+    training.record("open_training", {}, 0.0, {})
+    execute(published_before, "publish", publish.run)
+    Staging(str(tmp_path / "_index" / refused.run_id)).complete({})  # it was killed behind its index
+    execute(tonight, "publish", publish.run)
+    tonight.record(STAGES[-1], {}, 0.0, {})
+    with pytest.raises(publish.PublishError):
+        execute(refused, "publish", publish.run)
+    prune(tonight)
+    left = {run.run_id for run in (published_before, tonight, later, day_before, training)}
+    assert {folder.name for folder in (tmp_path / "_staging").iterdir()} == left
+    assert {folder.name for folder in (tmp_path / "_index").iterdir()} == {published_before.run_id, tonight.run_id}
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("removing")]
+    assert [refused.run_id in line for line in said] == [True, True]
+    assert published_before.staging("snapshot").is_complete()
+    prune(tonight)  # again: there is nothing left to remove
+    assert "removing" not in capsys.readouterr().err
 
 
 def _keeping(run: Run, keep_runs: int, **evaluate: Any) -> Run:
