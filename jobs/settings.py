@@ -118,9 +118,9 @@ class Cf(_Section):
         2, ge=1, description="als: parallel blocks, about as many as cores; 1 makes it deterministic to the last bit"
     )
     retrain_days: int = Field(
-        8,
+        9,
         ge=1,
-        description="a space this old is trained anew by the night; a day more than the week of dags/cold_refresh_training.py",
+        description="a space this old is trained anew by the night; two days more than the week of dags/cold_refresh_training.py",
     )
 
 
@@ -152,7 +152,7 @@ class FilterLLM(Lora):
     word_ridge: float = Field(
         1.0, gt=0, description="of the linear map from words to the space that is kept with the model (refresh.words)"
     )
-    retrain_days: int = Field(8, ge=1, description="the same for the model")
+    retrain_days: int = Field(9, ge=1, description="the same for the model")
 
 
 class Sampling(_Section):
@@ -226,9 +226,6 @@ class Evaluate(_Section):
     horizon_days: int = Field(
         60, ge=1, description="temporal: truth is what happens within so many days from the run date"
     )
-    min_item_users: int = Field(
-        1, ge=1, description="temporal: cold items with fewer users in the truth are no candidates"
-    )
     part: Literal["val", "test"] = Field("test", description="random_item")
     bootstrap: int = Field(200, ge=0)
     max_users: int = Field(
@@ -266,8 +263,8 @@ class Spark(_Section):
 # Into what pieces work is cut, on what device it runs, and what only checks: no other result comes of these (`Settings.digest`).
 _DECIDES_NOTHING = {
     "text": ("shard_texts", "sha256"),
-    "cf": ("device",),
-    "filterllm": ("vocabulary_chunk",),
+    "cf": ("device", "retrain_days"),
+    "filterllm": ("vocabulary_chunk", "retrain_days"),
     "sampling": ("shard_items", "user_tile"),
     "gates": ("kept_share", "stale_days"),
 }
@@ -308,10 +305,9 @@ class Settings(_Section):
 
         Where the lake is, how and on what workers run, into what pieces work is cut, which file a model is to be, and how much
         an input may have shrunk or aged is left out: so a run that ended for want of memory goes on with smaller pieces. (What
-        a batch of tokens holds counts where a language model is trained along: dropout falls by batches.) Of named sections
-        `retrain_days` is left out too, which says when to train and not what comes of it, so that a space is found again
-        whatever asked for it. Of section allmrec a night reads the alignment only, and that for refresh.cold=allmrec: otherwise
-        nothing there makes another night.
+        a batch of tokens holds counts where a language model is trained along: dropout falls by batches.) So is `retrain_days`,
+        which says when to train and not what comes of it. Of section allmrec a night reads the alignment only, and that for
+        refresh.cold=allmrec: otherwise nothing there makes another night.
         """
         body = self.model_dump(mode="json", exclude={"lake", "storage_options", "ray", "spark", "keep_runs"})
         for section, names in _DECIDES_NOTHING.items():
@@ -325,9 +321,6 @@ class Settings(_Section):
                 body["allmrec.alignment"] = allmrec["alignment"]
         else:
             body = {name: body[name] for name in sections}
-            for section in body.values():
-                if isinstance(section, dict):
-                    section.pop("retrain_days", None)
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
 
     def training(self) -> Settings:

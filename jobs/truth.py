@@ -101,8 +101,8 @@ def read(run: Run, catalog: Catalog, version: int | None = None, *, whole: bool 
 
     random_item: the part `evaluate.part` of the given split (FilterLLM, arXiv 2502.16924, and the methods it is compared
     with): cold candidates are all cold items, of val and test; a user's other positives are masked.
-    temporal: pairs first seen within evaluate.horizon_days from the run date; cold candidates are the cold items that at
-    least evaluate.min_item_users of the users had; training pairs are masked.
+    temporal: pairs first seen within evaluate.horizon_days from the run date; cold candidates are all cold items, those that
+    nobody takes among them, since that night nobody knows which these are; training pairs are masked.
 
     Args:
         version: of the interactions table (temporal); the one the run pinned by default, which on the night itself holds
@@ -131,7 +131,7 @@ class _Collected:
     """What a driver can hold of the pairs whose user and item are known.
 
     pairs: (user_idx, item_idx, ..., cold, warm: whether the user is asked about such items) of the users who are asked.
-    items: (item_idx, ..., users: all of them, asked or not).
+    items: (item_idx, ...) of all pairs, whose users are asked or not.
     counts: pairs there were and were left out, users there were and are asked. whole: as in Truth.
     """
 
@@ -156,7 +156,7 @@ def _collect(run: Run, catalog: Catalog, numbered: DataFrame, judged: dict[str, 
         *of_kinds,
     ).first()
     known, most, whole = numbered.where(is_known), run.settings.evaluate.max_users, None
-    items = known.groupBy("item_idx", *columns).agg(F.count("*").alias("users")).toArrow()
+    items = known.select("item_idx", *columns).distinct().toArrow()
     asked = known.withColumns(dict.fromkeys(judged, F.lit(True)))
     if max(counts[kind] for kind in judged) > most:
         asked = known
@@ -234,9 +234,6 @@ def _temporal(run: Run, catalog: Catalog, spark: SparkSession, version: int, who
     found = _collect(run, catalog, _numbered(run, spark, later), judged)
     users, items = _pairs(found.pairs)
     is_cold = catalog.cold[items]
-    degrees = np.zeros(len(catalog.item_ids), np.int64)
-    degrees[found.items["item_idx"].to_numpy()] = found.items["users"].to_numpy()
-    cold = np.flatnonzero(catalog.cold & (degrees >= run.settings.evaluate.min_item_users))
     of_kind = {kind: found.pairs[kind].to_numpy() & (is_cold == (kind == "cold")) for kind in ("cold", "warm")}
     truths = {kind: (users[rows], items[rows]) for kind, rows in of_kind.items()}
     facts = {
@@ -246,7 +243,7 @@ def _temporal(run: Run, catalog: Catalog, spark: SparkSession, version: int, who
         "version": version,
         **found.counts,
     }
-    candidates = {"cold": cold, "warm": np.flatnonzero(~catalog.cold)}
+    candidates = {"cold": np.flatnonzero(catalog.cold), "warm": np.flatnonzero(~catalog.cold)}
     none = np.zeros(0, np.int64)
     known = _history_pairs(catalog, users) if len(users) else (none, none)
     return _truth(run, catalog, candidates, truths, known, facts, found.whole)

@@ -98,8 +98,8 @@ def test_only_what_decides_results_makes_another_run() -> None:
     # Into what pieces work is cut makes no other model, and what only checks an input makes no other night.
     pieces = {
         "text": {"shard_texts": 9, "batch_tokens": 99, "sha256": "0" * 64},
-        "cf": {"device": "cpu"},
-        "filterllm": {"vocabulary_chunk": 9},
+        "cf": {"device": "cpu", "retrain_days": 3},
+        "filterllm": {"vocabulary_chunk": 9, "retrain_days": 3},
         "sampling": {"shard_items": 9, "user_tile": 9},
         "gates": {"kept_share": 0.1, "stale_days": 9},
     }

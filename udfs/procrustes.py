@@ -28,8 +28,8 @@ def align(
     Raises:
         ValueError: the shapes differ, there is no row, or a number is not finite.
     """
-    # tr(R' new' earlier) is the sum of the singular values, and s = that / |new|^2 leaves |earlier|^2 - (s |new|)^2. Other settings may
-    # make all vectors of a space longer, which moves none of them against another.
+    # tr(R' new' earlier) is the sum of the singular values, and s = that / |new|^2 leaves |earlier|^2 - (s |new|)^2. Other settings
+    # may make all vectors of a space longer, which moves none of them against another.
     cross: npt.NDArray[np.float64] | None = None
     of_new = of_earlier = 0.0
     for new, earlier in pieces:
