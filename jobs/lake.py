@@ -110,7 +110,10 @@ class Lake:
     def read(
         self, name: str, *, columns: list[str] | None = None, version: int | None = None, **partition: Any
     ) -> pa.Table:
-        """Rows of one of the project's own tables, of the given partition values only; no rows if there is no table yet."""
+        """Rows of one of the project's own tables, of the given partition values only; no rows if there is no table yet.
+
+        Of all columns: those of the contract that the table has. One that another release gave it is left out.
+        """
         parts = list(self.batches(name, columns=columns, version=version, **partition))
         if parts:
             return pa.concat_tables(parts)
@@ -124,9 +127,10 @@ class Lake:
         if not self.exists(name):
             return
         types, delta = schema(name).arrow_schema, self.table(name, version)
+        wanted = columns or [column.name for column in delta.schema().fields if column.name in types.names]
         predicate = " AND ".join(where(key, value) for key, value in partition.items()) or None
         try:
-            for batch in pa.RecordBatchReader.from_stream(delta.scan(columns=columns, predicate=predicate)):
+            for batch in pa.RecordBatchReader.from_stream(delta.scan(columns=wanted, predicate=predicate)):
                 # scan() gives string_view, which other engines do not know: cast at once to what the contract says.
                 yield pa.table(batch).cast(pa.schema([types.field(column) for column in batch.schema.names]))
         except (pa.ArrowException, OSError, DeltaError) as error:
@@ -159,11 +163,12 @@ class Lake:
         version that holds them.
 
         The commit carries the transaction (app, sequence): a second commit of it, or one with a lower sequence, changes
-        nothing, whichever engine made the first.
+        nothing, whichever engine made the first. In columns that the contract does not know the rows are null.
 
         Raises:
             schemas.errors.ContractError: `rows` do not fit the table's schema.
-            LakeError: other writers won every attempt, or the table has a feature that delta-rs cannot write.
+            LakeError: other writers won every attempt, the table has a feature that delta-rs cannot write, or a column that the
+                contract does not know and that may not be null.
         """
         contract = schema(name)
         rows = contract.conform(rows)
@@ -242,8 +247,19 @@ def where(column: str, value: str | date | list[str]) -> str:
 
 
 def _gains(delta: DeltaTable, contract: Table) -> Literal["merge"] | None:
-    """merge, so that the table gets what its contract gained since it was made: columns that may be null. Otherwise None."""
-    there = {column.name for column in delta.schema().fields}
-    gained = [column for column in contract.columns if column.name not in there]
-    older = there <= {column.name for column in contract.columns}
-    return "merge" if gained and older and all(column.nullable for column in gained) else None
+    """merge, so that the table gets what its contract gained since it was made (columns that may be null), and rows get nulls in
+    what the contract does not know: columns that a newer release gave the table. None where neither is needed, or columns are
+    missing that may not be null.
+
+    Raises:
+        LakeError: of what the contract does not know, something may not be null.
+    """
+    known, there = {column.name for column in contract.columns}, delta.schema().fields
+    unknown = [column for column in there if column.name not in known]
+    if required := [column.name for column in unknown if not column.nullable]:
+        raise LakeError(
+            f"table '{contract.name}' at {delta.table_uri} has columns that may not be null and that this release does not know: "
+            f"{required}. Write it with the release that they are of, or let them be null (deltalake: alter.drop_column_not_null)"
+        )
+    gained = [column for column in contract.columns if column.name not in {one.name for one in there}]
+    return "merge" if (gained or unknown) and all(column.nullable for column in gained) else None
