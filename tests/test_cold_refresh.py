@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
-from jobs import cf, cold_refresh, filterllm_train, text_embeddings
+from jobs import cf, cli, cold_refresh, filterllm_train, text_embeddings
 from jobs.cold_refresh import plan, refresh
 from jobs.lake import Lake
 from jobs.run import STAGES, open_run
@@ -171,23 +171,23 @@ def test_dry_run_is_of_all_stages(small_lake: small.SmallLake, capfd: pytest.Cap
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("more", "message", "status"),
     [
-        (("--run-date", "2026-02-30"), "is no date"),
-        (("--set", "cf.modle=als"), "cf.modle"),
-        (("--set", "ray.address=127.0.0.1:1"), "127.0.0.1:1"),
-        (("--set", "text.model=/no/such/model"), "/no/such/model"),
-        (("--set", "text.sha256=" + "f" * 64), "fffffff"),
-        (("--set", "ray.address=127.0.0.1:1", "--dry-run"), "127.0.0.1:1"),
-        (("--set", "text.model=/no/such/model", "--dry-run"), "/no/such/model"),
-        (("--set", "lake=/no/such/lake"), "no Delta table"),
+        (("--run-date", "2026-02-30"), "is no date", cli.REFUSED),
+        (("--set", "cf.modle=als"), "cf.modle", cli.REFUSED),
+        (("--set", "ray.address=127.0.0.1:1"), "127.0.0.1:1", 1),
+        (("--set", "text.model=/no/such/model"), "/no/such/model", 1),
+        (("--set", "text.sha256=" + "f" * 64), "fffffff", 1),
+        (("--set", "ray.address=127.0.0.1:1", "--dry-run"), "127.0.0.1:1", 1),
+        (("--set", "text.model=/no/such/model", "--dry-run"), "/no/such/model", 1),
+        (("--set", "lake=/no/such/lake"), "no Delta table", 1),
     ],
 )
 def test_bad_input_is_one_clear_message(
-    small_lake: small.SmallLake, more: tuple[str, ...], message: str, capfd: pytest.CaptureFixture[str]
+    small_lake: small.SmallLake, more: tuple[str, ...], message: str, status: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     given = ["--conf", str(small_lake.conf), "--run-date", str(small_lake.run_date), *more]
-    assert cold_refresh.main(given) == 1
+    assert cold_refresh.main(given) == status
     out, said = capfd.readouterr()
     _is_one_clear_message(small_lake, said, message)
     assert out == ""
@@ -195,7 +195,7 @@ def test_bad_input_is_one_clear_message(
 
 def test_bad_input_is_one_clear_message_of_spark_submit_too(small_lake: small.SmallLake) -> None:
     done = nights.run(small_lake.conf, small_lake.run_date, "--set", "cf.modle=als")
-    assert done.returncode == 1
+    assert done.returncode == cli.REFUSED
     _is_one_clear_message(small_lake, done.stdout, "cf.modle")
 
 

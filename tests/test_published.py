@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from deltalake import write_deltalake
 
-from jobs import publish, published
+from jobs import cli, publish, published
 from jobs.lake import Lake
 from jobs.run import execute
 from tests import gated_night as night
@@ -108,7 +108,7 @@ def test_the_command_names_what_is_missing(tmp_path: Path, capsys: pytest.Captur
     execute(gated(tmp_path), "publish", publish.run)
     assert published.main(["--lake", str(tmp_path), "--user", "nobody"]) == 1
     assert "user 'nobody' has no vector among the 12 of 2026-03-01" in capsys.readouterr().err
-    assert published.main(["--lake", str(tmp_path), "--date", "1 March"]) == 1
+    assert published.main(["--lake", str(tmp_path), "--date", "1 March"]) == cli.REFUSED
     assert "is no date" in capsys.readouterr().err
     assert published.main(["--lake", str(tmp_path), "--top", "3"]) == 0
     assert json.loads(capsys.readouterr().out)["user_id"] == "user-00"
