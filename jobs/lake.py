@@ -23,6 +23,9 @@ from schemas.table import table as schema
 _ATTEMPTS = 5
 # `runs` names versions: by default Delta's log forgets those of before a checkpoint after 30 days.
 _PROPERTIES = {"delta.logRetentionDuration": "interval 3650 days"}
+# Of caches, where a shard is a commit: for each transaction that is asked for, all files since the last checkpoint are read, by
+# default up to 100. A checkpoint holds every transaction, so they would fill the store; but nobody names a cache's old versions.
+_CACHE_PROPERTIES = {"delta.checkpointInterval": "10"}
 # What tells where a store is, and who asks.
 _OF_THE_ENVIRONMENT = re.compile("endpoint|region|key|secret|token|account|credential|profile|http", re.IGNORECASE)
 # Spark reads a path with one of these as a pattern.
@@ -178,13 +181,14 @@ class Lake:
         )
         if not self.exists(name):
             partitions = list(contract.partition_by)
+            dated = "refresh_date" in partitions
             try:
                 DeltaTable.create(
                     self.path(name),
                     contract.arrow_schema,
                     mode="error",
                     partition_by=partitions,
-                    configuration=_PROPERTIES,
+                    configuration=_PROPERTIES if dated else _CACHE_PROPERTIES,
                     description=contract.doc[:500],
                     storage_options=self.options or None,
                 )

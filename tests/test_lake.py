@@ -103,3 +103,20 @@ def test_the_log_of_a_table_of_the_project_is_kept(tmp_path: Path, monkeypatch: 
     assert oldest(Lake(str(tmp_path / "kept"))) == 0
     monkeypatch.setattr("jobs.lake._PROPERTIES", {})
     assert oldest(Lake(str(tmp_path / "as-delta-has-it"))) > 2
+
+
+def test_the_log_of_a_cache_is_short_and_tells_every_shard(tmp_path: Path) -> None:
+    lake, apps = Lake(str(tmp_path)), [f"shard/{n}" for n in range(35)]
+    log = Path(lake.path("text_embeddings"), "_delta_log")
+    for number, app in enumerate(apps):
+        row = {"text_sha256": app, "model_version": "m", "embedding": [1.0]}
+        lake.commit("text_embeddings", pa.Table.from_pylist([row], schema("text_embeddings").arrow_schema), app=app)
+        if number == 24:
+            old = time.time() - 40 * 86400
+            for file in log.iterdir():
+                os.utime(file, (old, old))
+    # Those of the versions 9 and 19 were there when all of it was made 40 days old.
+    assert sorted(int(file.name.split(".")[0]) for file in log.glob("*.checkpoint.parquet")) == [19, 29]
+    assert min(int(file.stem) for file in log.glob("*.json")) == 19
+    assert lake.sequences("text_embeddings", [*apps, "another"]) == [1] * len(apps) + [0]
+    assert lake.read("text_embeddings").num_rows == len(apps)
