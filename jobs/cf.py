@@ -2,8 +2,8 @@
 
 A space is an artifact (`_artifacts/spaces/<version>`): tables `users` and `items`, with cf.init=llminit also `llminit`, and
 facts that hold what a fold-in needs (alpha, regularization, binary, and the scales for spaces that ALS did not train). Its
-version is a hash of what it was made from and of the date. A new one is rotated onto the one before it, so that vectors of
-different nights lie near each other.
+version is a hash of what it was made from and of the date. A new one is rotated onto the one that was published before it, so
+that vectors of different nights lie near each other.
 """
 
 from __future__ import annotations
@@ -98,6 +98,14 @@ def _spaces(run: Run) -> list[tuple[date, str, dict[str, Any]]]:
     return [one for one in run.trained("spaces") if one[2]["kind"] == "cf"]
 
 
+def _published(run: Run) -> set[str]:
+    """The spaces of stage cf in the nights that were published."""
+    rows = run.lake.read("runs", columns=["run_id", "stage", "counts"]).to_pylist()
+    published = {row["run_id"] for row in rows if row["stage"] == "publish"}
+    of = (json.loads(row["counts"]) for row in rows if row["stage"] == "cf" and row["run_id"] in published)
+    return {facts["space_version"] for facts in of}
+
+
 def kept(run: Run, encoder_version: str | None) -> str | None:
     """The space that the night takes up: the newest of the last cf.retrain_days days and the same settings. None: it trains one.
 
@@ -123,7 +131,9 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
         log(f"[cf] space {version} is younger than {cf.retrain_days} days: kept")
     else:
         alike = [one for one in _spaces(run) if (one[2]["model"], one[2]["dimension"]) == (cf.model, cf.dimension)]
-        earlier = [v for day, v, _ in alike if day < run.run_date]
+        # What a gate refused is no measure: the next space would be like it, and pass.
+        published = _published(run)
+        earlier = [v for day, v, _ in alike if day < run.run_date and v in published]
         version = train(run, out, align_to=earlier[-1] if earlier else None)
     facts = run.artifact("spaces", version).facts()
     told = ("model", "dimension", "trained_on", "users", "items", "aligned_to", "residual")

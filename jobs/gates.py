@@ -56,12 +56,16 @@ def _labels(items: pa.Table) -> pd.DataFrame:
     return pa.table({k: [v if isinstance(v, int) else v.as_py() or 0] for k, v in counts.items()}).to_pandas()
 
 
-def _used_before(run: Run) -> dict[str, int]:
-    """Rows of each input that the night published before this date used; nothing if there is none."""
+def _snapshot_before(run: Run) -> dict[str, Any]:
+    """What the night published before this date said of its snapshot; nothing if there is none."""
     before = published.previous(run.lake, run.run_date)
     rows = run.lake.read("runs", refresh_date=before.refresh_date).to_pylist() if before else []
     own = (row for row in rows if before and (row["run_id"], row["stage"]) == (before.run_id, "snapshot"))
-    return next((json.loads(row["counts"])["rows_used"] for row in own), {})
+    return next((json.loads(row["counts"]) for row in own), {})
+
+
+def _share(now: int, before: int | None) -> float | None:
+    return now / before if before else None
 
 
 def _days_old(run: Run, newest_event: str | None) -> float:
@@ -72,10 +76,10 @@ def _days_old(run: Run, newest_event: str | None) -> float:
 
 
 def _input_counts(
-    facts: dict[str, Any], rejected: pa.Table, staged: dict[str, int], before: dict[str, int], days_old: float
+    facts: dict[str, Any], rejected: pa.Table, staged: dict[str, int], before: dict[str, Any], days_old: float
 ) -> pd.DataFrame:
-    """One row an input table: its rows in, used and rejected, what each way of counting leaves over, the share of `before`; of the
-    interactions, `days_old`."""
+    """One row an input table: its rows in, used and rejected, what each way of counting leaves over, the share of the facts
+    `before`; of the items those with a text, too, and of the interactions `days_old`."""
     aside = pc.is_in(rejected["reason"], value_set=pa.array(SET_ASIDE))
     rows = []
     for name, rows_in in facts["rows_in"].items():
@@ -92,11 +96,13 @@ def _input_counts(
                 "unstaged": used - staged[name],
                 # What lies outside the run's dates, split or k-core is no sign of bad data.
                 "bad_share": (recorded - set_aside) / max(rows_in - set_aside, 1),
-                "used_share": used / before[name] if before.get(name) else None,
+                "used_share": _share(used, before.get("rows_used", {}).get(name)),
+                "text_share": _share(facts["with_text"], before.get("with_text")) if name == "items" else None,
                 "days_old": days_old if name == "interactions" else None,
             }
         )
-    return pa.Table.from_pylist(rows).to_pandas().astype({"used_share": float, "days_old": float})
+    shares = ("used_share", "text_share", "days_old")
+    return pa.Table.from_pylist(rows).to_pandas().astype(dict.fromkeys(shares, float))
 
 
 def input_views(run: Run, out: Staging, facts: dict[str, Any]) -> tuple[list[View], dict[str, Any]]:
@@ -112,7 +118,7 @@ def input_views(run: Run, out: Staging, facts: dict[str, Any]) -> tuple[list[Vie
     reasons = gate_views.lineage(rejected, ["table", "reason"])
     item_rows = items.select(["item_id", "item_idx", "label", "interactions"])
     days_old = _days_old(run, facts["newest_event"])
-    counts = _input_counts(facts, rejected, staged, _used_before(run), days_old)
+    counts = _input_counts(facts, rejected, staged, _snapshot_before(run), days_old)
     views = [
         View("training_interactions", "items", by_item, ("item_id",)),
         View("users", "rows", users.to_pandas(), ("user_id",)),
@@ -136,7 +142,7 @@ def check_inputs(run: Run, out: Staging, facts: dict[str, Any]) -> dict[str, Any
     """The gate of the inputs, at the end of stage snapshot, on the tables that it left in `out` and on its facts.
 
     Args:
-        facts: rows_in, rows_used, rows_rejected: input table -> rows; newest_event.
+        facts: rows_in, rows_used, rows_rejected: input table -> rows; with_text, newest_event.
 
     Returns:
         expectations, succeeded, data_docs.

@@ -198,12 +198,17 @@ class Gates(_Section):
     norm_mostly: float = Field(
         0.99, gt=0, le=1, description="share within the band: of all vectors, and of those whose source is not cf"
     )
-    procrustes_residual: float = Field(0.9, gt=0, description="relative, of a new space to the one before")
+    procrustes_residual: float = Field(
+        0.9,
+        gt=0,
+        description="of a new space to the one published before; 0 is alike but for rotation and scale, 1 unlike",
+    )
     rejected_share: float = Field(0.5, gt=0, le=1, description="bad rows of an input, duplicates among them, at most")
     kept_share: float = Field(
         0.5,
         ge=0,
-        description="used rows of an input, at least, as a share of the night's that was published before; 0: any",
+        description="used rows of an input, and items with a text, at least, as a share of the night's that was published "
+        "before; 0: any",
     )
     stale_days: int | None = Field(
         None,

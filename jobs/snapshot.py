@@ -50,7 +50,8 @@ def run(run: Run, out: Staging) -> dict[str, Any]:
 
     Returns:
         rows_in, rows_used and rows_rejected for each input; newest_event, of those used (ISO; None: none has a time); users,
-        items, warm, cold, pairs; digests of what later stages compute from; expectations, succeeded and data_docs of the gate.
+        items, those with_text, warm, cold, pairs; digests of what later stages compute from; expectations, succeeded and
+        data_docs of the gate.
 
     Raises:
         ContractError: a column is missing or has the wrong type, a table is empty, or its pinned version is gone.
@@ -143,6 +144,7 @@ def _facts(spark: SparkSession, out: Staging, rows_in: dict[str, int]) -> dict[s
     items = staged("items_labelled").agg(
         F.count("*").alias("n"),
         F.count_if(F.col("label") == "warm").alias("warm"),
+        F.count("text_sha256").alias("with_text"),
         *_digest("item_id", "label", "interactions", "text_sha256"),
     )
     rejected = staged("rejected_rows").groupBy("table", "reason").agg(F.sum("rows").alias("rows"))
@@ -156,6 +158,7 @@ def _facts(spark: SparkSession, out: Staging, rows_in: dict[str, int]) -> dict[s
         "newest_event": newest and newest.isoformat(),
         "users": staged("users").count(),
         "items": labels["n"],
+        "with_text": labels["with_text"],
         "warm": labels["warm"],
         "cold": labels["n"] - labels["warm"],
         "pairs": used["n"],

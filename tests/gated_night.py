@@ -89,6 +89,7 @@ def snapshot_facts(tables: dict[str, pa.Table]) -> dict[str, Any]:
         "rows_in": {"interactions": events + 904, "items": items + 1},
         "rows_used": {"interactions": events, "items": items},
         "rows_rejected": {"interactions": 904, "items": 1},
+        "with_text": items,
         "newest_event": f"{RUN_DATE - timedelta(days=3)}T12:00:00+00:00",
     }
 

@@ -20,9 +20,14 @@ BPR = {"model": "bpr", "epochs": 30, "batch_size": 256, "learning_rate": 0.03}
 DAY = date(2026, 3, 1)
 
 
-def _stage(run: Run, pairs: dict[Pair, float], cold: tuple[str, ...] = (), texts: Any = None) -> dict[str, Any]:
+def _stage(
+    run: Run, pairs: dict[Pair, float], cold: tuple[str, ...] = (), texts: Any = None, *, published: bool = True
+) -> dict[str, Any]:
     snapshot(run, pairs, cold, texts)
-    return execute(run, "cf", cf.run)
+    facts = execute(run, "cf", cf.run)
+    if published:
+        run.record("publish", {}, 0.0, {})
+    return facts
 
 
 @pytest.mark.parametrize("model", ["als", "bpr", "lightgcn"])
@@ -75,6 +80,11 @@ def test_a_space_is_kept_until_it_is_old_and_never_taken_from_the_future(tmp_pat
     assert (other["trained"], other["aligned_to"]) == (True, weekly["space_version"])
     seeded = _stage(run_of(tmp_path, date(2026, 3, 12), 2, cf=BPR, seed=8), pairs)
     assert seeded["trained"] is True
+    # Nor is any onto one that no night was published with.
+    refused = _stage(run_of(tmp_path, date(2026, 3, 12), 3, cf=BPR, seed=9), pairs, published=False)
+    after = _stage(run_of(tmp_path, date(2026, 3, 13), 2, cf=BPR, seed=10), pairs)
+    assert refused["trained"]
+    assert after["aligned_to"] in {other["space_version"], seeded["space_version"]}
     graph = _stage(run_of(tmp_path, date(2026, 3, 13), cf={**BPR, "model": "lightgcn"}), pairs)
     assert (graph["trained"], graph["aligned_to"]) == (True, None)
 

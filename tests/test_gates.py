@@ -365,14 +365,20 @@ def test_rows_of_the_inputs_reconcile(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("pairs_are_good")
 @pytest.mark.parametrize(("times", "stops"), [(1.9, False), (2.1, True)])
-def test_an_input_that_lost_half_of_its_rows_stops_the_night(tmp_path: Path, times: float, stops: bool) -> None:
+@pytest.mark.parametrize("lost", ["rows", "texts"])
+def test_an_input_that_lost_half_of_its_rows_or_texts_stops_the_night(
+    tmp_path: Path, lost: str, times: float, stops: bool
+) -> None:
     before = night.run_of(tmp_path, run_date=night.RUN_DATE - timedelta(days=3))
     used = night.snapshot_facts(night.snapshot_tables())["rows_used"]
-    before.record("snapshot", {"rows_used": {**used, "items": int(times * used["items"])}}, 1.0, {})
+    were = int(times * used["items"])
+    counts = {"rows_used": {**used, "items": were}} if lost == "rows" else {"rows_used": used, "with_text": were}
+    before.record("snapshot", counts, 1.0, {})
     assert _inputs(tmp_path) == ""  # it has published nothing
     before.record("publish", {"space_version": "s1"}, 1.0, dict.fromkeys(OUTPUTS, 0))
     message = _inputs(tmp_path)
-    assert ("an input has not shrunk" in message) == stops
+    rule = "an input has not shrunk" if lost == "rows" else "items with a text have not become fewer"
+    assert (rule in message) == stops
     assert ("table='items'" in message) == stops
 
 
