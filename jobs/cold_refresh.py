@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from datetime import date, timedelta
 from typing import Any
 
@@ -72,9 +73,21 @@ def refresh(settings: Settings, run_date: date, stage: str | None = None, *, tra
         prune(run)
     elif training and stages[-1] in done:
         Staging(run.lake.path(f"_staging/{run.run_id}")).clear()  # the space and the model are artifacts
+        _tell_younger(run, done["cf"]["space_version"])
     if not training:
         _tell(run, done)
     return _summary(run, done, computed, time.perf_counter() - begun)
+
+
+def _tell_younger(run: Run, version: str) -> None:
+    """Say so if the nights to come have a younger space than `version`, which has been trained now: they go on with that one."""
+    conf = run.artifact("spaces", version).facts()["conf"]
+    everything = replace(run, run_date=date.max, known={}).trained("spaces")
+    for day, younger, facts in everything:
+        if day > run.run_date and (facts["kind"], facts["conf"]) == ("cf", conf):
+            log(
+                f"note: nights from {day} on keep space {younger}, which is younger: to replace it, train for a later date"
+            )
 
 
 def _preflight(settings: Settings) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
-from jobs.cold_refresh import plan, refresh
+from jobs.cold_refresh import _tell_younger, plan, refresh
 from jobs.run import STAGES, Run, begun_run, execute, find_run, open_run
 from jobs.settings import SettingsError, load
 from tests.small_lake import SmallLake
@@ -123,3 +123,18 @@ def test_a_refused_run_is_given_up_once_another_run_has_trained(small_lake: Smal
     anew = open_run(settings, day)
     assert anew.run_id != night.run_id
     assert _spaces(anew) == ["refused", "mended"]
+
+
+def test_what_is_trained_for_a_date_before_a_younger_space_is_said_to_wait(
+    small_lake: SmallLake, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, day = load(small_lake.conf), small_lake.run_date
+    runs = [open_run(settings, day + timedelta(days=days)) for days in (0, 3)]
+    for run, version, conf in zip([*runs, runs[1]], ("older", "younger", "other"), ("a", "a", "b"), strict=True):
+        facts = {"trained_on": run.run_date.isoformat(), "run_id": run.run_id, "kind": "cf", "conf": conf}
+        run.artifact("spaces", version).complete(facts)
+    _tell_younger(runs[1], "younger")
+    assert capsys.readouterr().err == ""
+    _tell_younger(runs[0], "older")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"nights from {day + timedelta(days=3)} on keep space younger" in line
