@@ -4,7 +4,8 @@
 
 As a stage it measures with the truth that the run's pinned tables hold, if that is whole: on the night itself the users' time
 (evaluate.horizon_days) has only begun. As a command it measures a published date with what is known by now, and replaces that
-run's rows in `metrics`: a date that is named, or (every morning, say) the one whose truth is whole by then:
+run's rows in `metrics`: a date that is named, or (every morning, say) the one whose truth is whole by then, and those of before it
+that nobody has measured:
 
     python -m jobs.evaluate --conf conf/demo.yaml --due 2017-12-31
 """
@@ -15,10 +16,13 @@ import json
 import sys
 from collections.abc import Iterator
 from datetime import date, timedelta
+from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from scipy import sparse
 
 from jobs import cli, inputs, truth
 from jobs.lake import Lake
@@ -27,7 +31,7 @@ from jobs.run import LATE_DAYS, OUTPUTS, Run, code_version, execute, log, parse_
 from jobs.settings import Settings
 from jobs.staging import Staging
 from jobs.truth import Catalog, Truth
-from schemas.errors import ColdRefreshError
+from schemas.errors import ColdRefreshError, ContractError
 from schemas.table import table as schema
 from udfs import floors
 from udfs.fold_in import to_csr
@@ -42,7 +46,7 @@ from udfs.vectors import from_column
 RELIABILITY = "reliability"
 
 #: The order in which systems are shown: ours, then the floors.
-SYSTEMS = ("published", "distribution", "text_knn", "popularity", "random")
+SYSTEMS = ("published", "distribution", "text_knn", "text_profile", "popularity", "random")
 
 
 def run(run: Run, out: Staging) -> dict[str, Any]:
@@ -173,9 +177,18 @@ class Systems:
         yield "published", dot_scorer(self.users, vectors, candidates, self.users_known)
         if split == "cold" and self.trained.get("model_version"):
             yield "distribution", self._distribution(task)
-        yield "text_knn", floors.text_knn_scorer(self.texts, c.history(task.users), candidates)
+        history = c.history(task.users)
+        yield "text_knn", floors.text_knn_scorer(self.neighbours, history, candidates)
+        yield "text_profile", floors.text_profile_scorer(self.texts, history, candidates)
         yield "popularity", floors.popularity_scorer(c.interactions, candidates)
         yield "random", floors.random_scorer(self.user_hashes, self.item_hashes, candidates)
+
+    @cached_property
+    def neighbours(self) -> sparse.csr_array:
+        """Those of floors.text_neighbours, the same for every split. Ties go by a hash of the id, as among a task's candidates."""
+        known = np.flatnonzero(self.catalog.interactions > 0)
+        hashes = floors.id_hashes([self.catalog.item_ids[i] for i in known], self.run.settings.seed)
+        return floors.text_neighbours(self.texts, known[np.argsort(hashes, kind="stable")])
 
     def _distribution(self, task: Task) -> Scorer:
         """log p(u | c) of the run's model; the raw logit if evaluate.normalize_by_item is false."""
@@ -232,13 +245,16 @@ def again(settings: Settings, run_date: date, *, whole: bool = False) -> dict[st
     Raises:
         NotPublishedError: no run of that date has published.
     """
-    run = published_run(settings, run_date)
+    return _again(published_run(settings, run_date), whole)
+
+
+def _again(run: Run, whole: bool) -> dict[str, Any]:
     catalog = truth.catalog(run)
-    found = truth.read(run, catalog, run.lake.version(settings.inputs.interactions.table), whole=whole)
+    found = truth.read(run, catalog, run.lake.version(run.settings.inputs.interactions.table), whole=whole)
     app = f"metrics/{run.run_id}/{'whole' if whole else 'again'}"
     before = run.lake.table("metrics").transaction_version(app) if run.lake.exists("metrics") else None
     facts = _evaluate(run, catalog, found, app, 0 if before is None else before + 1)
-    return {"run_id": run.run_id, "run_date": run_date.isoformat(), **facts}
+    return {"run_id": run.run_id, "run_date": run.run_date.isoformat(), **facts}
 
 
 def published_run(settings: Settings, run_date: date) -> Run:
@@ -273,15 +289,18 @@ def _published_row(settings: Settings, run_date: date) -> dict[str, Any] | None:
 
 
 def due(settings: Settings, day: date) -> dict[str, Any]:
-    """Evaluate the date whose evaluate.horizon_days end with the midnight at which `day` begins, and of the LATE_DAYS before it
-    those that were published and have no figures: nobody measured them then, or the truth was not whole yet.
+    """Evaluate the date whose evaluate.horizon_days end with the midnight at which `day` begins, and dates before it that were
+    published and have no figures: nobody measured them then, the truth was not whole yet, or the horizon was longer.
+
+    Of these it takes the LATE_DAYS before the one that is due, and of all that are older and whose snapshot is still staged, the
+    oldest LATE_DAYS: the others follow on the next days.
 
     Returns:
-        As `again`, of the date that is due (a note if nothing was published then, or the protocol knows no such date), and
-        measured: the dates that have figures now.
+        As `again`, of the date that is due (a note if nothing was published then, its snapshot is gone, as after the horizon was
+        made longer, or the protocol knows no such date), and measured: the dates that have figures now.
 
     Raises:
-        NotPublishedError: there is no lake, or as `again`, of the date that is due.
+        NotPublishedError: there is no lake, or what the date that is due has published is not there any more.
     """
     lake = Lake(settings.lake, settings.storage_options)
     if not lake.exists("runs"):
@@ -295,21 +314,41 @@ def due(settings: Settings, day: date) -> dict[str, Any]:
     elif _published_row(settings, last) is None:
         found["note"] = f"no run of {last} has published: on {day} there is nothing to measure"
     else:
-        found = again(settings, last, whole=True)
+        try:
+            run = published_run(settings, last)
+        except (NotPublishedError, ContractError) as error:
+            found["note"] = f"{last} cannot be measured: {error}"
+        else:
+            found = _again(run, whole=True)
     if found["metrics"]:
         measured.append(last.isoformat())
     if "note" in found:
         log(f"[evaluate] {found['note']}")
-    for late in (last - timedelta(days=n) for n in range(1, LATE_DAYS + 1)):
-        row = _published_row(settings, late) if settings.evaluate.protocol == "temporal" else None
-        if row is None or _has_figures(lake, row["run_id"]):
-            continue
+    for late in _unmeasured(lake, last) if settings.evaluate.protocol == "temporal" else []:
         try:
             if again(settings, late, whole=True)["metrics"]:
                 measured.append(late.isoformat())
         except Exception as error:  # it was to be measured earlier; what is due today has been
             log(f"[evaluate] {late} has no figures yet: {error}")
     return {**found, "measured": sorted(measured)}
+
+
+def _unmeasured(lake: Lake, last: date) -> list[date]:
+    """What `due` measures beside `last`: first the late dates, newest first, then the older ones."""
+    rows = lake.read("runs", columns=["refresh_date", "run_id", "sequence", "stage"]).to_pylist()
+    published = sorted((r["refresh_date"], r["sequence"], r["run_id"]) for r in rows if r["stage"] == "publish")
+    newest = {one: run_id for one, _, run_id in published if one < last}
+    since, staged = last - timedelta(days=LATE_DAYS), set(Staging(lake.path("_staging")).children())
+    late = [one for one in reversed(newest) if one >= since and not _has_figures(lake, newest[one])]
+    older = (
+        one
+        for one, run_id in newest.items()
+        if one < since
+        and run_id in staged
+        and Staging(lake.path(f"_staging/{run_id}/snapshot")).is_complete()
+        and not _has_figures(lake, run_id)
+    )
+    return late + list(islice(older, LATE_DAYS))
 
 
 def _has_figures(lake: Lake, run_id: str) -> bool:
