@@ -7,7 +7,7 @@ TRAINING = ("cf.batch_size=2048", "cf.learning_rate=0.005", "cf.weight_decay=0.0
 
 #: First which model it is, then what it has in place of TRAINING's.
 MODELS = {
-    "BPR": ("cf.model=bpr",),
+    "BPR": ("cf.model=bpr", "cf.weight_decay=0.03"),
     "LightGCN": ("cf.model=lightgcn",),
     "SGL": ("cf.model=sgl",),
     "SGCL": ("cf.model=sgcl", "cf.learning_rate=0.001"),
