@@ -1,8 +1,8 @@
 """Daily: measure the night whose users have had their time, and make its page anew (jobs/evaluate.py, jobs/report.py).
 
 On the night itself what users do next is still to come. The run of the interval that ends on day D measures the date
-`evaluate.horizon_days` before D, if one was published then, and those of the week before it that have no figures yet; their
-staged snapshots have been kept for that. By hand, as of a day:
+`evaluate.horizon_days` before D, if one was published then, and dates before it that have no figures yet: those of the week before,
+whose staged snapshots have been kept for that, and some older ones whose snapshots are still there. By hand, as of a day:
 
     airflow dags test cold_refresh_evaluate --conf '{"due": "2017-12-31"}'
 """
