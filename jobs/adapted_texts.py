@@ -23,6 +23,14 @@ def version(of: str) -> str:
     return f"lora-{of}"
 
 
+def model(run: Run, version: str) -> Staging | None:
+    """FilterLLM's model whose adapters give the text embeddings `version`; None: there is none."""
+    if not version.startswith("lora-"):
+        return None
+    found = run.artifact("models", version.removeprefix("lora-"))
+    return found if found.is_complete() else None
+
+
 def trainable(
     text: Text, conf: Lora, language_model: str, content: list[str], seed: int, device: str | torch.device
 ) -> tuple[TextEncoder, LoraTexts]:

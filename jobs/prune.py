@@ -10,7 +10,9 @@ left half done, and what training runs staged stays until this command. It keeps
   measured), what a staged stage says that it used, and what all that is built on;
 - what was changed less than `keep_days` days ago by the clock, where no date is written.
 
-Of the caches (`text_embeddings`, `item_scores`) it deletes what stands under a model's or a scoring's version that is not kept.
+Of the caches (`text_embeddings`, `item_scores`) it deletes what stands under a model's or a scoring's version that is not kept;
+under a model that is kept, the texts that no staged snapshot has any more. A night that is run or measured again encodes what it
+lacks then: to delete too much costs time, and changes nothing.
 What stays of them, and the rows of `runs`, it puts together in fewer files; of the caches, files that no version of the last week
 has go too. The other tables are as any Delta tables: their old partitions and versions are their owner's (DELETE, VACUUM). A
 night of before these days that is run again trains, encodes and scores anew. The last line of stdout is JSON.
@@ -26,17 +28,19 @@ from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError
 from pyarrow import fs
 
-from jobs import cli
+from jobs import cli, text_embeddings
 from jobs.lake import Lake, where
 from jobs.run import KINDS, STAGES, is_run_id, log
 from jobs.settings import SettingsError
 from jobs.staging import Staging
 from schemas.table import table as schema
 from udfs.filesystems import located
+from udfs.ids import Places
 
 # What can be computed again; a table's partition is one version.
 _CACHES = ("text_embeddings", "item_scores")
@@ -66,18 +70,17 @@ def prune(lake: Lake, keep_days: int, now: datetime, *, dry_run: bool = False) -
     filesystem, root = located(lake.uri)
     if filesystem.get_file_info(root).type != fs.FileType.Directory:
         raise SettingsError(f"--lake {lake.uri}: there is no such folder")
-    rows = lake.read("runs", columns=["refresh_date", "run_id", "stage", "counts"]).to_pylist()
-    published = [r["refresh_date"] for r in rows if r["stage"] == "publish"]
+    rows = lake.read("runs", columns=["refresh_date", "sequence", "run_id", "stage", "counts"]).to_pylist()
+    published = [(r["refresh_date"], r["sequence"], r["run_id"]) for r in rows if r["stage"] == "publish"]
     summary: dict[str, Any] = {"lake": lake.uri, "dry_run": dry_run, "removed": {}, "bytes": 0}
     if not published:
         log("nothing is published: nothing is removed")
         return summary
-    since, changed_since = max(published) - timedelta(days=keep_days), now - timedelta(days=keep_days)
+    newest, _, newest_run = max(published)
+    since, changed_since = newest - timedelta(days=keep_days), now - timedelta(days=keep_days)
     parts = list(_parts(lake))
     finished = {r["run_id"] for r in rows if r["stage"] == STAGES[-1]}
-    # What has another form of name is not this project's.
-    runs = filter(is_run_id, Staging(lake.path("_staging")).children())
-    staged = {name: Staging(lake.path(f"_staging/{name}")) for name in runs}
+    staged = _runs(lake, "_staging")
     abandoned = [name for name, folder in staged.items() if name not in finished and _changed(folder) < changed_since]
     waiting = set(staged) - set(abandoned)
     said = [json.loads(r["counts"]) for r in rows if r["refresh_date"] >= since or r["run_id"] in waiting]
@@ -100,14 +103,21 @@ def prune(lake: Lake, keep_days: int, now: datetime, *, dry_run: bool = False) -
             folder.clear()
         summary["removed"][kind] = summary["removed"].get(kind, 0) + 1
         summary["bytes"] += size
+    named = {version for one in named for version in one.split("+")}
+    _prune_texts(lake, newest_run, set(abandoned), named, summary)
     for name in _CACHES:
-        _prune_cache(lake, name, {version for one in named for version in one.split("+")}, changed_since, summary)
+        _prune_cache(lake, name, named, changed_since, summary)
     if not dry_run:  # eleven files a night, which every reader reads
         _compact("runs", lake.table("runs"))
-    log(
-        f"{sum(summary['removed'].values())} parts, {summary['bytes'] / 2**20:.1f} MiB; kept is what nights since {since} need"
-    )
+    told = ", ".join(f"{number} {kind}" for kind, number in summary["removed"].items()) or "nothing"
+    log(f"{told}, {summary['bytes'] / 2**20:.1f} MiB; kept is what nights since {since} need")
     return summary
+
+
+def _runs(lake: Lake, place: str) -> dict[str, Staging]:
+    """The folders of runs in `place`; what has another form of name is not this project's."""
+    names = filter(is_run_id, Staging(lake.path(place)).children())
+    return {name: Staging(lake.path(f"{place}/{name}")) for name in names}
 
 
 def _parts(lake: Lake) -> Iterator[Part]:
@@ -171,6 +181,59 @@ def _prune_cache(lake: Lake, name: str, named: set[str], changed_since: datetime
         _compact(name, delta, [(key, "in", stays)])
     # Nobody reads a cache at an older version than that of the stage which is running.
     delta.vacuum(retention_hours=_CACHE_HOURS, dry_run=False)
+
+
+def _prune_texts(lake: Lake, newest: str, abandoned: set[str], named: set[str], summary: dict[str, Any]) -> None:
+    """Delete, under the versions that are `named`, the texts that no staged snapshot has, and add them to the summary; nothing
+    where the snapshot of `newest`, the last run that published, is gone.
+
+    No file's age counts: when files are put together, all rows of a version come into a young one.
+    """
+    name = text_embeddings.TABLE
+    if not lake.exists(name):
+        return
+    # First the table, then the snapshots: a run stages its own before it encodes.
+    delta = lake.table(name)
+    staged = {run_id: Staging(run.path(STAGES[0])) for run_id, run in _runs(lake, "_staging").items()}
+    snapshots = {run_id: one for run_id, one in staged.items() if run_id not in abandoned and one.is_complete()}
+    if newest not in snapshots:
+        log(f"the snapshot of {newest}, the newest published run, is gone: no text of a model in use is deleted")
+        return
+    wanted = pa.array([], pa.large_string())
+    for one in snapshots.values():
+        shas = one.read("items_labelled", ["text_sha256"])["text_sha256"].cast(pa.large_string())
+        wanted = pc.unique(pa.chunked_array([wanted, *shas.drop_null().chunks]))
+    places, at, files = Places(wanted), delta.version(), pa.table(delta.get_add_actions(flatten=True))
+    sizes = files.group_by("partition.model_version").aggregate([("size_bytes", "sum")]).to_pylist()
+    for model, size in sorted((str(one["partition.model_version"]), one["size_bytes_sum"]) for one in sizes):
+        if model not in named:
+            continue
+        rows, found = 0, []
+        for batch in lake.batches(name, columns=["text_sha256"], version=at, model_version=model):
+            rows += batch.num_rows
+            found += batch["text_sha256"].filter(pa.array(places(batch["text_sha256"]) < 0)).chunks
+        gone = pa.chunked_array(found, pa.string())
+        if not len(gone):
+            continue
+        part = size * len(gone) // rows
+        told = f"{len(gone)} of {rows} texts of {model} from {name} ({part / 2**20:.1f} MiB)"
+        log(f"{'would delete' if summary['dry_run'] else 'deleting'} {told}")
+        if summary["dry_run"] or _delete_texts(delta, model, pc.unique(gone)):
+            summary["removed"]["texts"] = summary["removed"].get("texts", 0) + len(gone)
+            summary["bytes"] += part
+
+
+def _delete_texts(delta: DeltaTable, model: str, gone: pa.Array) -> bool:
+    """Delete the rows of a model with these hashes, unless another writer has changed its rows; whether it did."""
+    # A predicate of many values overflows the stack of delta-rs; a join does not, and streams the vectors.
+    same = f"{where('model_version', model)} AND there.text_sha256 = gone.text_sha256"
+    merger = delta.merge(pa.table({"text_sha256": gone}), same, source_alias="gone", target_alias="there")
+    try:
+        merger.when_matched_delete().execute()
+    except CommitFailedError:
+        log(f"another writer changed `{text_embeddings.TABLE}`: texts of {model} are deleted next time")
+        return False
+    return True
 
 
 def _compact(name: str, delta: DeltaTable, partitions: list[tuple[str, str, Any]] | None = None) -> None:

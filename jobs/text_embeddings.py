@@ -101,29 +101,21 @@ def load(run: Run, shas: list[str], model_version: str) -> np.ndarray:
     """The vectors of texts, [len(shas), width] float32, in the order of `shas` (which may repeat).
 
     Of several models ("a+b") the vectors of each stand one behind the other. The table is streamed: beside the result, one
-    batch of it is in memory. Of no texts: [0, 0].
+    batch of it is in memory. Texts of the run's own snapshot that jobs.prune has deleted since are encoded again, on Ray. Of no
+    texts: [0, 0].
 
     Raises:
         TextEmbeddingsError: a text has no vector under `model_version`, or vectors differ in width.
+        udfs.model_files.ModelError, jobs.ray_cluster.ClusterError, udfs.actor_pool.WorkerError: a text cannot be encoded again.
     """
     if "+" in model_version:
         return np.concatenate([load(run, shas, version) for version in model_version.split("+")], axis=1)
     asked = pa.array(shas, pa.large_string())
     names = asked.unique()
-    vectors, seen, places = np.empty((len(names), 0), np.float32), np.zeros(len(names), bool), Places(names)
-    for batch in run.lake.batches(TABLE, columns=["text_sha256", "embedding"], model_version=model_version):
-        place = places(batch["text_sha256"])
-        rows = place[place >= 0]
-        if not len(rows):
-            continue
-        part = _matrix(batch["embedding"].filter(pa.array(place >= 0)))
-        if not vectors.shape[1]:
-            vectors = np.empty((len(names), part.shape[1]), np.float32)
-        if part.shape[1] != vectors.shape[1]:
-            raise TextEmbeddingsError(
-                f"table '{TABLE}' holds vectors of {vectors.shape[1]} and {part.shape[1]} numbers under {model_version}"
-            )
-        vectors[rows], seen[rows] = part, True
+    places = Places(names)
+    vectors, seen = _read(run, places, len(names), model_version)
+    if not seen.all() and _encode_again(run, names.filter(pa.array(~seen)), model_version):
+        vectors, seen = _read(run, places, len(names), model_version)
     if not seen.all():
         missing = np.flatnonzero(~seen)
         raise TextEmbeddingsError(
@@ -132,6 +124,46 @@ def load(run: Run, shas: list[str], model_version: str) -> np.ndarray:
         )
     # `names` are in the order of their first appearance: without repetitions they are `asked`.
     return vectors if len(names) == len(asked) else vectors[places(asked)]
+
+
+def _read(run: Run, places: Places, n: int, model_version: str) -> tuple[np.ndarray, np.ndarray]:
+    """The vectors of the `n` texts that `places` knows, [n, width] float32, and which of them the table has [n]."""
+    vectors, seen = np.empty((n, 0), np.float32), np.zeros(n, bool)
+    for batch in run.lake.batches(TABLE, columns=["text_sha256", "embedding"], model_version=model_version):
+        place = places(batch["text_sha256"])
+        rows = place[place >= 0]
+        if not len(rows):
+            continue
+        part = _matrix(batch["embedding"].filter(pa.array(place >= 0)))
+        if not vectors.shape[1]:
+            vectors = np.empty((n, part.shape[1]), np.float32)
+        if part.shape[1] != vectors.shape[1]:
+            raise TextEmbeddingsError(
+                f"table '{TABLE}' holds vectors of {vectors.shape[1]} and {part.shape[1]} numbers under {model_version}"
+            )
+        vectors[rows], seen[rows] = part, True
+    return vectors, seen
+
+
+def _encode_again(run: Run, missing: pa.Array, model_version: str) -> bool:
+    """Encode the texts `missing`, if the run's snapshot has them and its settings or an artifact the model; whether they have."""
+    from jobs import adapted_texts  # which needs this module, and torch
+
+    snapshot = run.staging("snapshot")
+    if not snapshot.is_complete():
+        return False
+    there = Places(distinct(snapshot.read("items_labelled", ["text_sha256"])["text_sha256"]))
+    if (there(missing) < 0).any():
+        return False
+    adapted = adapted_texts.model(run, model_version)
+    if adapted is not None:
+        adapted_texts.encode(run, adapted, snapshot, missing)
+        return True
+    for spec in _specs(run.settings.text):
+        if spec.resolve().version == model_version:
+            _complete(run, spec, model_version, distinct(missing))
+            return True
+    return False
 
 
 def cached(lake: Lake, model_version: str, wanted: pa.Array) -> tuple[int | None, np.ndarray]:

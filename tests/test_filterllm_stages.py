@@ -245,6 +245,10 @@ def test_with_lora_cold_texts_go_through_the_trained_model(lake: Path) -> None:
     frozen = text_embeddings.load(run, shas, run.staging("text_embeddings").facts()["model_version"])
     assert np.abs(adapted - frozen).max() > 1e-3
     assert np.abs(adapted - frozen).max() < 1.0
+    # jobs.prune has deleted them, and the date is measured: its scores are there, its texts are read again.
+    run.lake.table("text_embeddings").delete(f"model_version = '{trained['encoder_version']}'")
+    again = text_embeddings.load(run, shas, trained["encoder_version"])
+    np.testing.assert_allclose(again, adapted, atol=1e-5)
 
 
 # --- Killed trainings, and training over Ray Train's workers

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from jobs import prune, recommend, text_embeddings
+from jobs import cli, prune, recommend, text_embeddings
 from jobs.lake import Lake
 from jobs.run import Run
 from jobs.staging import Staging
@@ -190,6 +190,86 @@ def test_cached_rows_stay_while_a_kept_night_or_part_names_their_version(tmp_pat
     assert cached() == ({"mini", "words", "adapted"}, {"tonight"})
 
 
+def texts_of(lake: Lake, model: str, *shas: str) -> None:
+    rows = text_embeddings._rows(pa.array(shas), model, np.full((len(shas), 4), len(shas), np.float32))
+    lake.commit("text_embeddings", rows, app=f"{model}/{shas}")
+
+
+def left_of(lake: Lake, model: str) -> list[str]:
+    return sorted(lake.read("text_embeddings", columns=["text_sha256"], model_version=model)["text_sha256"].to_pylist())
+
+
+def of_items(run: Run, *shas: str | None) -> Path:
+    """The snapshot of a run, staged long ago, of items with these texts."""
+    run.staging("snapshot").write("items_labelled", pa.table({"text_sha256": pa.array(shas, pa.string())}))
+    return staged(run, "snapshot")
+
+
+def test_texts_that_no_staged_snapshot_has_are_deleted_under_the_models_in_use(tmp_path: Path) -> None:
+    lake, waiting = Lake(str(tmp_path)), date(2026, 5, 1)
+    for model in ("mini", "lora-model", "unnamed"):
+        texts_of(lake, model, "tonight", "waiting", "gone", "given-up")
+        texts_of(lake, model, "gone")  # of two runs at once
+    texts_of(lake, "words", "tonight")
+    artifact(tmp_path, "models", "model", "2026-06-01", encoder_version="lora-model")
+    of_items(night(tmp_path, NEWEST, model_version="mini+words"), "tonight", None, "tonight")
+    of_items(night(tmp_path, waiting, 2), "waiting")
+    of_items(night(tmp_path, waiting, 3, stages=("open",)), "given-up")
+    before = lake.read("text_embeddings")
+    told = prune.prune(lake, 60, NOW, dry_run=True)
+    assert told["removed"] == {"staged runs": 1, "texts": 6}
+    assert lake.read("text_embeddings") == before
+    done = prune.prune(lake, 60, NOW)
+    assert done["removed"] == told["removed"]
+    assert done["bytes"] == told["bytes"] > 1000
+    assert left_of(lake, "mini") == left_of(lake, "lora-model") == ["tonight", "waiting"]
+    assert left_of(lake, "words") == ["tonight"]
+    assert len(left_of(lake, "unnamed")) == 5  # it goes as a whole when it is old
+    found = lake.read("text_embeddings", model_version="mini")
+    assert set(map(tuple, found["embedding"].to_pylist())) == {(4.0,) * 4}
+    assert prune.prune(lake, 60, NOW)["removed"] == {}
+
+
+def test_without_the_snapshot_of_the_newest_night_no_text_of_a_model_in_use_is_deleted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lake = Lake(str(tmp_path))
+    texts_of(lake, "mini", "one", "two")
+    of_items(night(tmp_path, NEWEST, 1, model_version="mini"), "one")
+    newer = night(tmp_path, NEWEST, 2)
+    assert prune.prune(lake, 60, NOW)["removed"] == {}
+    assert f"the snapshot of {newer.run_id}" in capsys.readouterr().err
+    of_items(newer, "two", "three")
+    texts_of(lake, "mini", "three", "four")
+    assert prune.prune(lake, 60, NOW)["removed"] == {"texts": 1}
+    assert left_of(lake, "mini") == ["one", "three", "two"]
+
+
+def test_texts_that_a_night_encodes_meanwhile_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lake, batches = Lake(str(tmp_path)), Lake.batches
+    for model in ("a", "b", "c"):
+        texts_of(lake, model, "tonight", "gone")
+    of_items(night(tmp_path, NEWEST, models=["a", "b", "c"]), "tonight")
+
+    def beside(self: Lake, name: str, **options: Any) -> Any:
+        """A night encodes through model a when the rows of a have been read, and through c when those of b have."""
+        yield from batches(self, name, **options)
+        if (encoded := {"a": "a", "b": "c"}.get(options.get("model_version", ""))) is not None:
+            texts_of(lake, encoded, "of another night")
+
+    monkeypatch.setattr(Lake, "batches", beside)
+    assert prune.prune(lake, 60, NOW)["removed"] == {"texts": 2}
+    monkeypatch.undo()
+    assert "another writer changed `text_embeddings`: texts of a are deleted next time" in capsys.readouterr().err
+    assert [left_of(lake, model) for model in "abc"] == [
+        ["gone", "of another night", "tonight"],
+        ["tonight"],
+        ["of another night", "tonight"],
+    ]
+
+
 def test_cached_rows_that_stay_are_put_together_in_fewer_files(tmp_path: Path) -> None:
     """Not those that nobody names: written anew they would look young, and stay as long again."""
     lake = Lake(str(tmp_path))
@@ -220,7 +300,7 @@ def test_where_nothing_is_published_nothing_is_removed(tmp_path: Path, capsys: p
     assert json.loads(captured.out)["removed"] == {}
     assert "nothing is published" in captured.err
     assert old.exists()
-    assert prune.main(["--lake", str(tmp_path / "mistyped")]) == 1
+    assert prune.main(["--lake", str(tmp_path / "mistyped")]) == cli.REFUSED
     assert "there is no such folder" in capsys.readouterr().err
-    assert prune.main(["--lake", str(tmp_path), "--keep-days", "0"]) == 1
+    assert prune.main(["--lake", str(tmp_path), "--keep-days", "0"]) == cli.REFUSED
     assert "--keep-days is 0" in capsys.readouterr().err

@@ -147,6 +147,19 @@ def test_rows_that_were_deleted_are_encoded_again(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
 
 
+def test_texts_that_were_deleted_since_a_run_needed_them_are_encoded_again_where_they_are_read(tmp_path: Path) -> None:
+    run = staged(run_of(tmp_path / "lake", also=("words-256",)), TEXTS[:4])
+    version, shas = str(encode(run)["model_version"]), [sha(t) for t in TEXTS[:4]]
+    before = text_embeddings.load(run, shas, version)
+    run.lake.table("text_embeddings").delete(f"text_sha256 IN ('{shas[1]}', '{shas[2]}')")
+    np.testing.assert_allclose(text_embeddings.load(run, shas[::-1], version), before[::-1], atol=1e-5)
+    assert run.lake.read("text_embeddings").num_rows == 8
+    run.lake.table("text_embeddings").delete(f"text_sha256 = '{shas[1]}'")
+    run.staging("snapshot").clear()
+    with pytest.raises(text_embeddings.TextEmbeddingsError, match="lacks 1 of 4"):
+        text_embeddings.load(run, shas, version)
+
+
 def test_rows_that_stand_twice_do_no_harm(tmp_path: Path) -> None:
     run = staged(run_of(tmp_path / "lake"), TEXTS[:3])
     version = text_embeddings.model_version(run.settings.text)
