@@ -10,9 +10,9 @@ left half done, and what training runs staged stays until this command. It keeps
   measured), what a staged stage says that it used, and what all that is built on;
 - what was changed less than `keep_days` days ago by the clock, where no date is written.
 
-Of the caches (`text_embeddings`, `item_scores`) it deletes what stands under a model's or a scoring's version that is not kept;
-under a model that is kept, the texts that no staged snapshot has any more. A night that is run or measured again encodes what it
-lacks then: to delete too much costs time, and changes nothing.
+Of the cache `text_embeddings` it deletes what stands under a model that is not kept, and under one that is, the texts that no
+staged snapshot has any more; of `item_scores`, what no unfinished run and no night of the newest week names. A night that is run
+or measured again encodes and scores what it lacks then: to delete too much costs time, and changes nothing.
 What stays of them, and the rows of `runs`, it puts together in fewer files; of the caches, files that no version of the last week
 has go too. The other tables are as any Delta tables: their old partitions and versions are their owner's (DELETE, VACUUM). A
 night of before these days that is run again trains, encodes and scores anew. The last line of stdout is JSON.
@@ -42,8 +42,8 @@ from schemas.table import table as schema
 from udfs.filesystems import located
 from udfs.ids import Places
 
-# What can be computed again; a table's partition is one version.
-_CACHES = ("text_embeddings", "item_scores")
+# A scoring's version is of one list of users: on most lakes a few nights have the same, and no later one asks for it again.
+_SCORES_DAYS = 7
 _CACHE_HOURS = 7 * 24
 # A space stands on its own once it is rotated onto the one before; what a run could have chosen is more than what it used.
 _NOT_USED = {"aligned_to", "known"}
@@ -83,10 +83,9 @@ def prune(lake: Lake, keep_days: int, now: datetime, *, dry_run: bool = False) -
     staged = _runs(lake, "_staging")
     abandoned = [name for name, folder in staged.items() if name not in finished and _changed(folder) < changed_since]
     waiting = set(staged) - set(abandoned)
-    said = [json.loads(r["counts"]) for r in rows if r["refresh_date"] >= since or r["run_id"] in waiting]
-    for name in sorted(waiting):
-        stages = (Staging(staged[name].path(stage)) for stage in staged[name].children())
-        said += [stage.facts() for stage in stages if stage.is_complete()]
+    said = _said(rows, since, {name: staged[name] for name in waiting})
+    scored_since = max(since, newest - timedelta(days=_SCORES_DAYS))
+    scored = _said(rows, scored_since, {name: staged[name] for name in waiting - finished})
     kept = _kept(parts, said, since, changed_since)
 
     removed = [(part.kind, part.folder) for part in parts if part.facts is not None and part.version not in kept]
@@ -105,8 +104,9 @@ def prune(lake: Lake, keep_days: int, now: datetime, *, dry_run: bool = False) -
         summary["bytes"] += size
     named = {version for one in named for version in one.split("+")}
     _prune_texts(lake, newest_run, set(abandoned), named, summary)
-    for name in _CACHES:
-        _prune_cache(lake, name, named, changed_since, summary)
+    _prune_cache(lake, "text_embeddings", named, changed_since, summary)
+    changed_since = max(changed_since, now - timedelta(days=_SCORES_DAYS))
+    _prune_cache(lake, "item_scores", set(_strings(scored)), changed_since, summary)
     if not dry_run:  # eleven files a night, which every reader reads
         _compact("runs", lake.table("runs"))
     told = ", ".join(f"{number} {kind}" for kind, number in summary["removed"].items()) or "nothing"
@@ -125,6 +125,15 @@ def _parts(lake: Lake) -> Iterator[Part]:
         for version in Staging(lake.path(f"_artifacts/{kind}")).children():
             folder = Staging(lake.path(f"_artifacts/{kind}/{version}"))
             yield Part(kind, version, folder, folder.facts() if folder.is_complete() else None)
+
+
+def _said(rows: list[dict[str, Any]], since: date, staged: dict[str, Staging]) -> list[Any]:
+    """What the `rows` of `runs` say of the days from `since` on and of the runs `staged`, and what these runs' stages say."""
+    said = [json.loads(row["counts"]) for row in rows if row["refresh_date"] >= since or row["run_id"] in staged]
+    for _, folder in sorted(staged.items()):
+        stages = (Staging(folder.path(stage)) for stage in folder.children())
+        said += [stage.facts() for stage in stages if stage.is_complete()]
+    return said
 
 
 def _kept(parts: list[Part], said: list[Any], since: date, changed_since: datetime) -> set[str]:

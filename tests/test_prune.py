@@ -190,6 +190,27 @@ def test_cached_rows_stay_while_a_kept_night_or_part_names_their_version(tmp_pat
     assert cached() == ({"mini", "words", "adapted"}, {"tonight"})
 
 
+def test_scores_stay_for_the_nights_of_a_week_and_for_runs_that_are_not_finished(tmp_path: Path) -> None:
+    lake, hour = Lake(str(tmp_path)), timedelta(hours=1)
+    row = {"item_id": "i", "text_sha256": "sha", "user_id": "u", "rank": 1, "probability": 0.5, "propensity": "top_k"}
+    for version in ("tonight", "week", "unfinished", "recorded", "measured", "before"):
+        scores = pa.Table.from_pylist([{"scoring_version": version, **row}])
+        lake.commit("item_scores", scores, app=f"item_scores/{version}")
+    for number, (version, days) in enumerate({"tonight": 0, "week": 7, "before": 8}.items(), 1):
+        night(tmp_path, NEWEST - timedelta(days=days), number, scoring_version=version)
+    # What a finished night left waits to be measured, for which nothing is scored.
+    staged(night(tmp_path, NEWEST - timedelta(days=30), 4), "filterllm_score", scoring_version="measured")
+    running = night(tmp_path, NEWEST - timedelta(days=30), 5, ("open",))
+    aged(staged(running, "filterllm_score", scoring_version="unfinished"), datetime.now(UTC))
+    running.record("filterllm_train", {"scoring_version": "recorded"}, 1.0, {})
+    assert prune.prune(lake, 60, datetime.now(UTC) + timedelta(days=7) - hour)["removed"] == {}
+    assert prune.prune(lake, 60, datetime.now(UTC) + timedelta(days=7) + hour)["removed"] == {"item_scores": 2}
+    left = lake.read("item_scores")["scoring_version"].to_pylist()
+    assert sorted(left) == ["recorded", "tonight", "unfinished", "week"]
+    # Fewer days than a week count here, too.
+    assert prune.prune(lake, 1, datetime.now(UTC) + timedelta(days=1) + hour)["removed"]["item_scores"] == 3
+
+
 def texts_of(lake: Lake, model: str, *shas: str) -> None:
     rows = text_embeddings._rows(pa.array(shas), model, np.full((len(shas), 4), len(shas), np.float32))
     lake.commit("text_embeddings", rows, app=f"{model}/{shas}")
