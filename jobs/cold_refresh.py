@@ -15,7 +15,7 @@ import json
 import sys
 import time
 from dataclasses import replace
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 from jobs import cli, ray_cluster, text_embeddings
@@ -34,6 +34,9 @@ from jobs.run import (
 )
 from jobs.settings import Settings, SettingsError
 from jobs.staging import Staging
+
+# A backfill's night may be older than the newest keep_runs when it is published, and is then to be measured and reported.
+_AT_WORK = timedelta(days=1)
 
 
 def refresh(settings: Settings, run_date: date, stage: str | None = None, *, training: bool = False) -> dict[str, Any]:
@@ -69,6 +72,8 @@ def refresh(settings: Settings, run_date: date, stage: str | None = None, *, tra
             if not run.staging(name).is_complete():
                 computed.append(name)
             done[name] = execute(run, name)
+            if name == "publish":  # what follows may fail for many nights
+                prune(run)
     if STAGES[-1] in done:
         prune(run)
     elif training and stages[-1] in done:
@@ -147,18 +152,20 @@ def _summary(run: Run, done: dict[str, dict[str, Any]], computed: list[str], sec
 
 
 def prune(run: Run) -> None:
-    """Remove the staged files and the index of finished runs, except those of the newest `keep_runs`; their rows stay.
+    """Remove the staged files and the index of published runs, except those of the newest `keep_runs`; their rows stay.
 
     So does the snapshot of a date whose users still have time (evaluate.horizon_days), which it will be measured with, and
-    LATE_DAYS beyond. What earlier runs of this run's date have left goes at once, unless they have published: this one has, and
-    jobs.publish lets no earlier run of the date follow it.
+    LATE_DAYS beyond; and for a day all that a run without a report may still be reading. What earlier runs of this run's date have
+    left goes at once, unless they have published: this one has, and jobs.publish lets no earlier run of the date follow it.
     """
     rows = run.lake.read("runs", columns=["refresh_date", "sequence", "run_id", "stage"]).to_pylist()
-    finished = sorted((r["refresh_date"], r["sequence"], r["run_id"]) for r in rows if r["stage"] == STAGES[-1])
+    published = sorted((r["refresh_date"], r["sequence"], r["run_id"]) for r in rows if r["stage"] == "publish")
+    newest_of = {refresh_date: run_id for refresh_date, _, run_id in published}
     of_date = [r for r in rows if r["refresh_date"] == run.run_date and r["sequence"] < run.sequence]
-    published = {r["run_id"] for r in of_date if r["stage"] == "publish"}
-    given_up = [r["run_id"] for r in of_date if r["stage"] == "open" and r["run_id"] not in published]
-    newest_of = {refresh_date: run_id for refresh_date, _, run_id in finished}
+    opened = [r["run_id"] for r in of_date if r["stage"] == "open"]
+    given_up = [run_id for run_id in opened if run_id not in {one for _, _, one in published}]
+    reported = {r["run_id"] for r in rows if r["stage"] == STAGES[-1]}
+    changed_since = datetime.now(UTC) - _AT_WORK
     evaluate = run.settings.evaluate
     needed = timedelta(days=evaluate.horizon_days + LATE_DAYS if evaluate.protocol == "temporal" else 0)
     for place, what in (("_staging", "staged files"), ("_index", "index")):
@@ -166,11 +173,13 @@ def prune(run: Run) -> None:
         for run_id in (one for one in given_up if one in present):
             log(f"removing the {what} of run {run_id} (unfinished, and run {run.run_id} of its date is published)")
             Staging(run.lake.path(f"{place}/{run_id}")).clear()
-        for refresh_date, _, run_id in finished[: -run.settings.keep_runs]:
+        for refresh_date, _, run_id in published[: -run.settings.keep_runs]:
             if run_id not in present or run_id == run.run_id:
                 continue
             gone = [folder := Staging(run.lake.path(f"{place}/{run_id}"))]
-            if place == "_staging" and newest_of[refresh_date] == run_id and refresh_date + needed >= finished[-1][0]:
+            if run_id not in reported and folder.changed() >= changed_since:
+                continue
+            if place == "_staging" and newest_of[refresh_date] == run_id and refresh_date + needed >= published[-1][0]:
                 gone = [Staging(folder.path(name)) for name in folder.children() if name != STAGES[0]]
             if gone:
                 log(f"removing the {what} of run {run_id} (keep_runs is {run.settings.keep_runs})")

@@ -2,9 +2,9 @@
 
     python -m jobs.prune --lake ./lake --keep-days 70 --dry-run
 
-A night removes the staged files and the index of finished nights, except those of the newest keep_runs, and of earlier runs of
+A night removes the staged files and the index of published nights, except those of the newest keep_runs, and of earlier runs of
 its date that never published. What is trained (spaces, models, A-LLMRec's parts), what a training or a night that was given up
-left half done, and what training runs staged stays until this command. It keeps
+left half done, what training runs staged and the indexes of nights that were withdrawn stay until this command. It keeps
 - what was trained in the `keep_days` days before the newest published night, or later;
 - what `runs` says that the nights of these days used, and older nights of which something is still staged (they wait to be
   measured), what a staged stage says that it used, and what all that is built on;
@@ -79,20 +79,25 @@ def prune(lake: Lake, keep_days: int, now: datetime, *, dry_run: bool = False) -
     newest, _, newest_run = max(published)
     since, changed_since = newest - timedelta(days=keep_days), now - timedelta(days=keep_days)
     parts = list(_parts(lake))
-    finished = {r["run_id"] for r in rows if r["stage"] == STAGES[-1]}
+    dates = {run_id: refresh_date for refresh_date, _, run_id in published}
     staged = _runs(lake, "_staging")
-    abandoned = [name for name, folder in staged.items() if name not in finished and _changed(folder) < changed_since]
+    abandoned = [name for name, folder in staged.items() if name not in dates and folder.changed() < changed_since]
     waiting = set(staged) - set(abandoned)
     said = _said(rows, since, {name: staged[name] for name in waiting})
     scored_since = max(since, newest - timedelta(days=_SCORES_DAYS))
-    scored = _said(rows, scored_since, {name: staged[name] for name in waiting - finished})
+    scored = _said(rows, scored_since, {name: staged[name] for name in waiting - dates.keys()})
     kept = _kept(parts, said, since, changed_since)
 
     removed = [(part.kind, part.folder) for part in parts if part.facts is not None and part.version not in kept]
     removed += [
-        (part.kind, part.folder) for part in parts if part.facts is None and _changed(part.folder) < changed_since
+        (part.kind, part.folder) for part in parts if part.facts is None and part.folder.changed() < changed_since
     ]
     removed += [("staged runs", staged[name]) for name in abandoned]
+    removed += [
+        ("indexes", folder)
+        for name, folder in _runs(lake, "_index").items()
+        if name not in waiting and dates.get(name, date.min) < since and folder.changed() < changed_since
+    ]
     named = set(_strings([*said, *(part.facts for part in parts if part.version in kept)]))
     # At once: a night that is running may take up a part until then.
     for kind, folder in removed:
@@ -142,7 +147,7 @@ def _kept(parts: list[Part], said: list[Any], since: date, changed_since: dateti
     """
     facts = {part.version: part.facts for part in parts if part.facts is not None}
     pending = {version for version, own in facts.items() if date.fromisoformat(own["trained_on"]) >= since}
-    pending |= {part.version for part in parts if part.facts is not None and _changed(part.folder) >= changed_since}
+    pending |= {part.version for part in parts if part.facts is not None and part.folder.changed() >= changed_since}
     pending |= facts.keys() & {name for one in said for name in _strings(one)}
     kept: set[str] = set()
     while pending:
@@ -257,12 +262,6 @@ def _files(folder: Staging) -> list[fs.FileInfo]:
     filesystem, root = located(folder.uri)
     found = filesystem.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
     return [info for info in found if info.type == fs.FileType.File]
-
-
-def _changed(folder: Staging) -> datetime:
-    """When the newest file in it was written; a folder without files is as old as can be."""
-    times = [info.mtime for info in _files(folder) if info.mtime is not None]
-    return max(times, default=datetime.min.replace(tzinfo=UTC))
 
 
 def main(argv: list[str] | None = None) -> int:

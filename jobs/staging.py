@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -161,6 +162,13 @@ class Staging:
         filesystem, root = located(self.uri)
         there = filesystem.get_file_info(f"{root}/{_ATTEMPT}").type == fs.FileType.File
         return there and self.read_bytes(_ATTEMPT).decode() == attempt
+
+    def changed(self) -> datetime:
+        """When the newest file in it was written; a folder without files is as old as can be."""
+        filesystem, root = located(self.uri)
+        found = filesystem.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
+        times = [info.mtime for info in found if info.type == fs.FileType.File and info.mtime is not None]
+        return max(times, default=datetime.min.replace(tzinfo=UTC))
 
     def children(self) -> list[str]:
         """Names of the folders in this one."""

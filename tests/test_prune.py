@@ -122,6 +122,33 @@ def test_what_was_given_up_goes_when_it_is_old(tmp_path: Path) -> None:
     assert [path.exists() for path in (abandoned, training, *old)] == [False] * 4
 
 
+def test_indexes_that_belong_to_no_night_any_more_go_when_they_are_old(tmp_path: Path) -> None:
+    def index(run: Run, when: datetime = LONG_AGO) -> Path:
+        folder = Staging(str(tmp_path / "_index" / run.run_id))
+        folder.complete({})
+        return aged(Path(folder.uri), when)
+
+    old = date(2026, 3, 1)
+    newest, measured, waiting = (night(tmp_path, day, n) for n, day in enumerate((NEWEST, old, old), 1))
+    staged(waiting, "snapshot")
+    withdrawn, young = (staged_night.run_of(tmp_path, old, number) for number in (4, 5))
+    gone = [index(measured), index(withdrawn)]
+    kept = [index(newest), index(waiting), index(young, NOW - timedelta(days=1))]
+    foreign = Staging(str(tmp_path / "_index/theirs"))
+    foreign.complete({})
+    kept.append(aged(Path(foreign.uri)))
+    assert prune.prune(Lake(str(tmp_path)), 60, NOW, dry_run=True)["removed"] == {"indexes": 2}
+    assert prune.prune(Lake(str(tmp_path)), 60, NOW)["removed"] == {"indexes": 2}
+    assert [folder.exists() for folder in gone + kept] == [False] * 2 + [True] * 4
+
+
+def test_a_snapshot_that_waits_to_be_measured_stays_though_its_night_has_no_report(tmp_path: Path) -> None:
+    night(tmp_path, NEWEST)
+    snapshot = staged(night(tmp_path, date(2026, 3, 1), 2, stages=("publish",)), "snapshot")
+    assert prune.prune(Lake(str(tmp_path)), 60, NOW)["removed"] == {}
+    assert snapshot.exists()
+
+
 def test_folders_that_are_not_of_this_project_stay(tmp_path: Path) -> None:
     night(tmp_path, NEWEST)
     others = [tmp_path / "_staging/other_team", tmp_path / "_artifacts/mlflow/run-7"]

@@ -18,11 +18,12 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
-from jobs import gates, item_index, publish, published
+from jobs import cold_refresh, gates, item_index, publish, published
 from jobs.cold_refresh import prune
 from jobs.lake import Lake, LakeError
 from jobs.run import OUTPUTS, STAGES, Run, execute
 from jobs.staging import Staging, StagingError
+from schemas.errors import ColdRefreshError
 from schemas.table import table as schema
 from tests import gated_night as night
 from udfs.vectors import from_column
@@ -283,12 +284,12 @@ def test_an_index_that_is_gone_is_made_again_in_memory(tmp_path: Path) -> None:
     assert not (tmp_path / "_index").exists()
 
 
-def test_of_finished_nights_the_newest_keep_their_staged_files_and_index(tmp_path: Path) -> None:
+def test_of_published_nights_the_newest_keep_their_staged_files_and_index(tmp_path: Path) -> None:
     days = [night.RUN_DATE + timedelta(days=n) for n in (0, 30, 31, 32)]
     runs = [gated(tmp_path, run_date=day) for day in days]
     for run in runs:
         execute(run, "publish", publish.run)
-        if run is not runs[1]:  # this one was killed behind publish
+        if run is not runs[1]:  # this one is being measured, or could not be
             run.record(STAGES[-1], {}, 0.0, {})
     before = tables(tmp_path)
 
@@ -302,7 +303,36 @@ def test_of_finished_nights_the_newest_keep_their_staged_files_and_index(tmp_pat
     for number, protocol in enumerate(("temporal", "none")):
         prune(_keeping(runs[3], 2 - number, horizon_days=24, protocol=protocol))
         assert left("_staging") == left("_index") == [runs[1].run_id, *(run.run_id for run in runs[2 + number :])]
+    for path in (tmp_path / "_staging" / runs[1].run_id).rglob("*"):
+        os.utime(path, (0, 0))
+    prune(_keeping(runs[3], 3))
+    assert runs[1].staging("refresh").is_complete()
+    prune(_keeping(runs[3], 1, horizon_days=24))
+    assert left("_staging") == [runs[1].run_id, runs[3].run_id]
+    assert left(f"_staging/{runs[1].run_id}") == ["snapshot"]
     assert tables(tmp_path) == before
+
+
+def test_older_nights_are_cleared_away_although_what_follows_publish_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, tonight = (gated(tmp_path, run_date=night.RUN_DATE + timedelta(days=n)) for n in (0, 80))
+    for stage in ("publish", STAGES[-1]):
+        execute(before, stage, publish.run if stage == "publish" else lambda run, out: {})
+    tonight = _keeping(tonight, 1)
+
+    def stages(run: Run, name: str) -> dict[str, Any]:
+        if name == "evaluate":
+            raise ColdRefreshError("the table of interactions is gone")
+        return execute(run, name, publish.run) if name == "publish" else {}
+
+    monkeypatch.setattr(cold_refresh, "open_run", lambda *_, **__: tonight)
+    monkeypatch.setattr(cold_refresh, "_preflight", lambda _: "")
+    monkeypatch.setattr(cold_refresh, "execute", stages)
+    with pytest.raises(ColdRefreshError, match="is gone"):
+        cold_refresh.refresh(tonight.settings, tonight.run_date)
+    for place in ("_staging", "_index"):
+        assert [folder.name for folder in (tmp_path / place).iterdir()] == [tonight.run_id]
 
 
 def test_what_earlier_runs_of_a_date_left_without_publishing_goes_when_the_night_is_finished(
