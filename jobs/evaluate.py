@@ -16,11 +16,13 @@ import json
 import sys
 from collections.abc import Iterator
 from datetime import date, timedelta
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from scipy import sparse
 
 from jobs import cli, inputs, truth
 from jobs.lake import Lake
@@ -44,7 +46,7 @@ from udfs.vectors import from_column
 RELIABILITY = "reliability"
 
 #: The order in which systems are shown: ours, then the floors.
-SYSTEMS = ("published", "distribution", "text_knn", "popularity", "random")
+SYSTEMS = ("published", "distribution", "text_knn", "text_profile", "popularity", "random")
 
 
 def run(run: Run, out: Staging) -> dict[str, Any]:
@@ -175,9 +177,18 @@ class Systems:
         yield "published", dot_scorer(self.users, vectors, candidates, self.users_known)
         if split == "cold" and self.trained.get("model_version"):
             yield "distribution", self._distribution(task)
-        yield "text_knn", floors.text_knn_scorer(self.texts, c.history(task.users), candidates)
+        history = c.history(task.users)
+        yield "text_knn", floors.text_knn_scorer(self.neighbours, history, candidates)
+        yield "text_profile", floors.text_profile_scorer(self.texts, history, candidates)
         yield "popularity", floors.popularity_scorer(c.interactions, candidates)
         yield "random", floors.random_scorer(self.user_hashes, self.item_hashes, candidates)
+
+    @cached_property
+    def neighbours(self) -> sparse.csr_array:
+        """Those of floors.text_neighbours, the same for every split. Ties go by a hash of the id, as among a task's candidates."""
+        known = np.flatnonzero(self.catalog.interactions > 0)
+        hashes = floors.id_hashes([self.catalog.item_ids[i] for i in known], self.run.settings.seed)
+        return floors.text_neighbours(self.texts, known[np.argsort(hashes, kind="stable")])
 
     def _distribution(self, task: Task) -> Scorer:
         """log p(u | c) of the run's model; the raw logit if evaluate.normalize_by_item is false."""

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 _COLOURS = {
     "published": "#1f5fa8",
     "distribution": "#5aa0dc",
-    "text_knn": "#8d96a0",
+    "text_knn": "#7b858f",
+    "text_profile": "#979fa8",
     "popularity": "#b3bac2",
     "random": "#d5dadf",
 }

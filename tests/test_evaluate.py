@@ -186,14 +186,15 @@ def test_evaluating_again_measures_and_replaces(later, capsys):
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
     cold = facts["summary"]["cold"]
     assert facts["run_id"] == run.run_id
-    assert list(cold) == ["published", "distribution", "text_knn", "popularity", "random"]
-    assert min(cold[name]["ndcg@10"] for name in ("published", "text_knn")) > cold["random"]["ndcg@10"] + 0.2
+    assert list(cold) == ["published", "distribution", "text_knn", "text_profile", "popularity", "random"]
+    of_topics = ("published", "text_knn", "text_profile")
+    assert min(cold[name]["ndcg@10"] for name in of_topics) > cold["random"]["ndcg@10"] + 0.2
     rows = own_metrics(run)
     assert len(rows) == facts["metrics"]
     assert not rows.duplicated(["run_id", "split", "system", "metric"]).any()
     curve, rows = rows[rows["split"] == "reliability"], rows[rows["split"] != "reliability"]
     assert facts["calibration_error"] == round(curve.set_index("metric")["value"]["calibration_error"], 4)
-    assert len(rows) == (4 + 5 + 4) * 3  # systems of each split, metrics
+    assert len(rows) == (5 + 6 + 5) * 3  # systems of each split, metrics
     assert ((rows["low"] <= rows["value"]) & (rows["value"] <= rows["high"])).all()
     assert set(rows.loc[rows["split"] == "cold", "n"]) == {80}
 
@@ -226,6 +227,14 @@ def test_published_is_the_inner_product_of_the_published_vectors_and_popularity_
             for metric, values in expected.items():
                 mean = np.mean(list(values.values()))
                 assert rows[split, system, metric] == pytest.approx(mean, abs=1e-9), (split, system, metric)
+
+
+def test_the_neighbours_of_a_text_are_items_that_somebody_has(later):
+    run = later[0]
+    catalog = truth.catalog(run)
+    neighbours = evaluate.Systems.published(run, catalog).neighbours
+    had = set(np.flatnonzero(catalog.interactions).tolist())
+    assert set(neighbours.indices.tolist()) == had < set(range(len(catalog.item_ids)))
 
 
 @pytest.mark.parametrize("normalize", [True, False])

@@ -29,7 +29,7 @@ from tests.small_lake import RUN_DATE, SmallLake, build, tables
 from udfs import splits
 from udfs.ranking_metrics import task
 
-ROW_NAMES = ["FilterLLM", "random", "popularity", "CF on warm", "TF-IDF", "text to judgment (SmolLM2)"]
+ROW_NAMES = ["FilterLLM", "random", "popularity", "text_profile", "text_knn", "CF on warm", "TF-IDF", "text to judgment (SmolLM2)"]
 
 
 def test_the_figures_are_those_of_the_night(
@@ -61,7 +61,8 @@ def test_the_figures_are_those_of_the_night(
     recorded = {(r["system"], f"{r['split']} {r['metric']}"): r["value"] for r in metrics if "@10" in r["metric"]}
     for name in ("cold ndcg@10", "cold recall@10"):  # later events are of new items only
         assert found["FilterLLM"][name] == pytest.approx(recorded["published", name], abs=1e-9)
-        assert found["popularity"][name] == pytest.approx(recorded["popularity", name], abs=1e-9)
+        for floor in ("popularity", "text_profile", "text_knn"):
+            assert found[floor][name] == pytest.approx(recorded[floor, name], abs=1e-9)
     assert found["FilterLLM"]["distribution ndcg@10"] == pytest.approx(
         recorded["distribution", "cold ndcg@10"], abs=1e-9
     )
@@ -80,6 +81,11 @@ def test_the_figures_are_those_of_the_night(
 
     monkeypatch.setattr(quality, "measure", nothing)
     assert quality.run(args) == result
+    with monkeypatch.context() as changed:
+        changed.setattr(quality, "_BASELINES", quality._BASELINES + 1)  # a floor that is computed in another way
+        args.rows = ["text_knn"]
+        with pytest.raises(AssertionError, match="measured again"):
+            quality.run(args)
     args.rows = ["no such row"]
     with pytest.raises(ColdRefreshError, match="no such row"):
         quality.run(args)

@@ -127,14 +127,62 @@ def test_popularity_is_the_number_of_interactions():
     np.testing.assert_array_equal(scores, [[9, 0], [9, 0]])
 
 
+def test_text_knn_is_what_the_nearest_texts_in_the_history_weigh(monkeypatch):
+    monkeypatch.setattr(floors, "NEIGHBOURS", 2)
+    monkeypatch.setattr(floors, "POWER", 1)
+    # Item 3 is nobody's yet, item 4 has no text.
+    rows = sparse.csr_array(np.array([[1, 0], [0.6, 0.8], [0, 1], [0.8, 0.6], [0, 0]], np.float32))
+    history = sparse.csr_array(np.array([[1, 0, 1, 0, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]], bool))
+    neighbours = floors.text_neighbours(rows, np.array([2, 0, 4, 1]))
+    scores = floors.text_knn_scorer(neighbours, history, np.array([3, 0, 4]))(np.array([0, 1, 2, 3]))
+    # 3 is near 1 (.96) and 0 (.8), and 2 (.6) is one too many; 0 is near 1 (.6), and nothing else has its words but itself.
+    root = math.sqrt(0.96 + 0.8)
+    expected = [[0.8 / root, 0, 0], [0.96 / root, math.sqrt(0.6), 0], [0, 0, 0], [0, 0, 0]]
+    np.testing.assert_allclose(scores, expected, atol=1e-6)
+    assert scores.dtype == np.float32
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("cosines", [1, 120, 4_000_000])
+def test_text_neighbours_are_those_of_a_plain_search_in_pieces_of_any_size(cosines, power, monkeypatch):
+    rng = np.random.default_rng(8)
+    # Small whole numbers: many texts are the same, and many likenesses equal.
+    rows = sparse.csr_array((rng.random((70, 9)) < 0.2) * rng.integers(1, 3, (70, 9)).astype(np.float32))
+    known = rng.permutation(70)[:50]
+    monkeypatch.setattr(floors, "NEIGHBOURS", 6)
+    monkeypatch.setattr(floors, "POWER", power)
+    whole = floors.text_neighbours(rows, known)
+    monkeypatch.setattr(floors, "_COSINES", cosines)
+    found = floors.text_neighbours(rows, known)
+    assert (found != whole).nnz == 0
+    dense, alike = rows.toarray(), (rows @ rows.T).toarray()
+    assert len(np.unique(dense, axis=0)) < 60
+    expected, cut_ties = np.zeros((70, 70)), 0
+    for item in range(70):
+        others = [k for k in known if k != item and alike[item, k] > 0]
+        nearest = sorted(others, key=lambda k: -alike[item, k])  # stable: equal ones as they are in `known`
+        cut_ties += len(nearest) > 6 and alike[item, nearest[5]] == alike[item, nearest[6]]
+        weights = alike[item, nearest[:6]].astype(np.float64) ** power
+        expected[item, nearest[:6]] = weights / np.sqrt(weights.sum())
+    assert cut_ties > 20
+    np.testing.assert_allclose(found.toarray(), expected, rtol=1e-6)
+    assert found.dtype == np.float32
+
+
+def test_without_texts_or_training_items_there_are_no_neighbours():
+    assert floors.text_neighbours(tfidf([None, "the", ""]), np.array([0, 1])).nnz == 0
+    nothing = floors.text_neighbours(tfidf(["red wine", "red wine"]), np.array([], np.int64))
+    assert (nothing.shape, nothing.nnz) == ((2, 2), 0)
+
+
 @pytest.mark.parametrize("dense", [1, 8_000_000])
-def test_text_knn_is_the_cosine_to_the_mean_of_the_history(dense, monkeypatch):
+def test_the_text_profile_is_the_cosine_to_the_mean_of_the_history(dense, monkeypatch):
     monkeypatch.setattr(floors, "_DENSE", dense)  # 1: user by user
     texts = ["red wine bottle", "white wine bottle", "garden hose", None, "the", "sparkling wine", "green hose reel"]
     rows = tfidf(texts)
     history = sparse.csr_array(np.array([[1, 1, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0, 0]], bool))
     candidates = np.array([6, 5, 4])
-    scores = floors.text_knn_scorer(rows, history, candidates)(np.array([0, 1, 2]))
+    scores = floors.text_profile_scorer(rows, history, candidates)(np.array([0, 1, 2]))
     dense = rows.toarray().astype(np.float64)
     profile = dense[[0, 1]].mean(axis=0)
     cosine = dense[candidates] @ profile / np.linalg.norm(profile)

@@ -118,7 +118,8 @@ def publish_stage(cold, rejected):
 
 def evaluate_stage(measured):
     def stage(run, out):
-        values = {"published": 0.31, "distribution": 0.29, "text_knn": 0.2, "popularity": 0.05, "random": 0.01}
+        values = {"published": 0.31, "distribution": 0.29, "text_knn": 0.2, "text_profile": 0.15}
+        values |= {"popularity": 0.05, "random": 0.01}
         rows = [
             {
                 "refresh_date": run.run_date, "run_id": run.run_id, "split": split, "system": system, "metric": metric,
@@ -186,7 +187,8 @@ def test_the_page_shows_the_run(tmp_path):
     assert written == run.staging("report").read_bytes("report.html").decode()
     page = Page(written)
     for expected in (
-        run.run_id, "0.3100 0.3000–0.3200", "0.2000 0.1900–0.2100", "bad_weight", "not a finite number above 0",
+        run.run_id, "0.3100 0.3000–0.3200", "text_knn 0.2000 0.1900–0.2100", "text_profile 0.1500 0.1400–0.1600",
+        "bad_weight", "not a finite number above 0",
         "4,321", "interactions at version 0, items at version 0", f"hash {run.conf_hash}",
         "space-1a2b (trained in this run)", "of words 22%; 1.5 times",
         "model-3c4d (kept from an earlier run)", "1,234 users",

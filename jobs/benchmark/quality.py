@@ -28,8 +28,8 @@ from jobs.benchmark.table import mean_and_spread, table
 from jobs.run import log, parse_run_date
 
 _SPLITS = ("overall", "cold", "warm")
-_BASELINES = 3  # raise it when a baseline is computed in another way: kept results are not those any more
-_FLOORS = ("random", "popularity", "text_knn")
+_BASELINES = 3  # raise it when a baseline or a floor is computed in another way: kept results are not those any more
+_FLOORS = ("random", "popularity", "text_profile", "text_knn")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +81,8 @@ def _row(row: Row, data: DataSet, lake: str, args: argparse.Namespace, work: Pat
             return {"seed": seed, **parts, "seconds": round(time.perf_counter() - begun, 1)}
 
         digest = conf.load(data.conf, [*given, f"seed={seed}"]).digest()  # defaults included
-        name = f"{row.name}-{data.run_date}-{seed}-{digest}" + (f"-{_BASELINES}" if row.name in BASELINES else "")
+        version = f"-{_BASELINES}" if row.name in (*_FLOORS, *BASELINES) else ""
+        name = f"{row.name}-{data.run_date}-{seed}-{digest}{version}"
         found.append(Kept(work / "results" / data.name, name).once(make))
         log(f"[benchmark] {data.name}, {row.name}, seed {seed}: {_brief(found[-1])}")
     return found
