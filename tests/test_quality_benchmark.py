@@ -29,7 +29,16 @@ from tests.small_lake import RUN_DATE, SmallLake, build, tables
 from udfs import splits
 from udfs.ranking_metrics import task
 
-ROW_NAMES = ["FilterLLM", "random", "popularity", "text_profile", "text_knn", "CF on warm", "TF-IDF", "text to judgment (SmolLM2)"]
+ROW_NAMES = [
+    "FilterLLM",
+    "random",
+    "popularity",
+    "text_profile",
+    "text_knn",
+    "CF on warm",
+    "TF-IDF",
+    "text to judgment (SmolLM2)",
+]
 
 
 def test_the_figures_are_those_of_the_night(
