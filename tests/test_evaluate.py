@@ -347,3 +347,15 @@ def test_of_many_users_some_are_asked_whom_a_hash_draws(later, capsys):
         for one in (rows, evaluate.measure(run, catalog, everybody))
     ]
     assert curves[0] == curves[1] != []
+
+
+def test_a_lake_of_too_many_items_has_no_floor_that_compares_them_all(later, monkeypatch):
+    run = later[0]
+    catalog = truth.catalog(run)
+    task = truth.read(run, catalog, run.lake.version("interactions")).tasks["warm"]
+    named = [name for name, _ in evaluate.Systems.published(run, catalog).of("warm", task)]
+    assert named == ["published", "text_knn", "text_profile", "popularity", "random"]
+    monkeypatch.setattr(evaluate, "_COMPARED_ITEMS", len(catalog.item_ids) - 1)
+    assert [name for name, _ in evaluate.Systems.published(run, catalog).of("warm", task)] == [
+        n for n in named if n != "text_knn"
+    ]
